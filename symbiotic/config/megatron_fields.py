@@ -1,0 +1,140 @@
+"""What this project decides about the fields of Megatron's three dataclasses, as tables.
+
+Nothing here imports megatron-core: loading a configuration and drawing up the documentation have to be quick.
+A test compares the tables with the dataclasses of the installed release.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from symbiotic.config.schema import Config
+
+TRANSFORMER, OPTIMIZER, DDP = "TransformerConfig", "OptimizerConfig", "DistributedDataParallelConfig"
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    TRANSFORMER: {
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": 1e-5,
+        "gated_linear_unit": True,
+        "activation_func": "silu",
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+    },
+    OPTIMIZER: {},
+    DDP: {"grad_reduce_in_fp32": True},
+}
+"""Our defaults where they differ from Megatron's own; written into the resolved configuration."""
+
+READ: dict[str, dict[str, tuple[type | None, Any]]] = {
+    TRANSFORMER: {
+        "hidden_size": (int, None),
+        "num_attention_heads": (int, None),
+        "num_query_groups": (int, None),
+        "kv_channels": (int, None),
+        "ffn_hidden_size": (int, None),
+        "moe_ffn_hidden_size": (int, None),
+        "moe_shared_expert_intermediate_size": (int, None),
+        "moe_shared_expert_gate": (bool, False),
+        "moe_router_topk": (int, 2),
+        "moe_router_score_function": (str, "softmax"),
+        "moe_router_pre_softmax": (bool, False),
+        "moe_router_enable_expert_bias": (bool, False),
+        "moe_router_load_balancing_type": (str, "aux_loss"),
+        "gated_linear_unit": (bool, False),
+        "qk_layernorm": (bool, False),
+        "add_qkv_bias": (bool, False),
+        "bf16": (bool, False),
+        "tensor_model_parallel_size": (int, 1),
+        "pipeline_model_parallel_size": (int, 1),
+        "virtual_pipeline_model_parallel_size": (int, None),
+        "expert_model_parallel_size": (int, 1),
+        "expert_tensor_parallel_size": (int, None),
+        "context_parallel_size": (int, 1),
+        "sequence_parallel": (bool, False),
+        "recompute_granularity": (str, None),
+        "recompute_method": (str, None),
+        "recompute_num_layers": (int, None),
+        "recompute_modules": (list, None),
+        "gradient_accumulation_fusion": (bool, False),
+    },
+    OPTIMIZER: {"clip_grad": (float, 1.0), "weight_decay": (float, 0.01)},
+    DDP: {"use_distributed_optimizer": (bool, False), "overlap_param_gather": (bool, False),
+          "overlap_grad_reduce": (bool, False), "grad_reduce_in_fp32": (bool, False)},
+}  # fmt: skip
+"""Fields that our own checks and the plan read: field -> (type, Megatron's default)."""
+
+DERIVED: dict[str, dict[str, str]] = {
+    TRANSFORMER: {
+        "num_layers": "model.blocks or model.layer_pattern",
+        "is_hybrid_model": "nothing: it is always true here",
+        "moe_layer_freq": "model.dense_blocks",
+        "num_moe_experts": "groups.NAME.experts",
+        "params_dtype": "TransformerConfig.bf16",
+        "pipeline_dtype": "TransformerConfig.bf16",
+        "autocast_dtype": "TransformerConfig.bf16",
+        "enable_autocast": "TransformerConfig.bf16",
+        "transformer_impl": "model.backend",
+        "moe_grouped_gemm": "model.backend",
+        "add_bias_linear": "nothing: linear layers have no bias here (add_qkv_bias is free)",
+        "use_cpu_initialization": "run.device",
+        "variable_seq_lengths": "model.sequence_length",
+        "pipeline_model_parallel_layout": "model.blocks: the pipeline is cut between blocks, evenly",
+        "num_layers_in_first_pipeline_stage": "model.blocks: the pipeline is cut between blocks, evenly",
+        "num_layers_in_last_pipeline_stage": "model.blocks: the pipeline is cut between blocks, evenly",
+        "account_for_embedding_in_pipeline_split": "model.blocks: the pipeline is cut between blocks, evenly",
+        "account_for_loss_in_pipeline_split": "model.blocks: the pipeline is cut between blocks, evenly",
+        "perform_initialization": "nothing: it is always true here",
+    },
+    OPTIMIZER: {
+        "lr": "rates",
+        "min_lr": "schedule.final_factor",
+        "decoupled_lr": "rates.embedding and rates.head",
+        "decoupled_min_lr": "schedule.final_factor",
+        "bf16": "TransformerConfig.bf16",
+        "fp16": "TransformerConfig.bf16",
+        "params_dtype": "TransformerConfig.bf16",
+        "use_distributed_optimizer": "DistributedDataParallelConfig.use_distributed_optimizer",
+        "overlap_param_gather": "DistributedDataParallelConfig.overlap_param_gather",
+    },
+    DDP: {},
+}
+"""Fields that follow from other settings: field -> where to set it instead."""
+
+_CALLBACKS = (
+    "timers", "finalize_model_grads_func", "grad_scale_func", "moe_grad_scale_func", "mtp_grad_scale_func",
+    "no_sync_func", "grad_sync_func", "param_sync_func", "_cpu_offloading_context", "init_method",
+    "output_layer_init_method", "embedding_init_method", "experimental_attention_variant_loss_scale_func",
+    "quant_recipe",
+)  # fmt: skip
+DERIVED[TRANSFORMER].update({name: "nothing: it holds a Python object that the program sets" for name in _CALLBACKS})
+DERIVED[OPTIMIZER]["timers"] = "nothing: it holds a Python object that the program sets"
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A Megatron field of which only some values work with this model.
+
+    Attributes:
+        section: name of the Megatron dataclass.
+        field: name of its field.
+        allowed: the values that work; the first is the remedy.
+        reason: why the others are refused.
+        cpu_only: refused on the CPU only.
+    """
+
+    section: str
+    field: str
+    allowed: tuple[Any, ...]
+    reason: str
+    cpu_only: bool = False
+
+
+def value_of(config: Config, name: str, *, section: str = TRANSFORMER) -> Any:
+    """The value of a field in :data:`READ`: as configured, or Megatron's default."""
+    values = {TRANSFORMER: config.transformer, OPTIMIZER: config.optimizer, DDP: config.ddp}[section]
+    return values.get(name, READ[section][name][1])

@@ -1,0 +1,569 @@
+"""Symbiotic model: a decoder whose routed experts belong to groups, chosen by the type of each token.
+
+Life of a token: embedding -> for each block: RMSNorm, rotary grouped-query attention, residual; RMSNorm,
+mixture of experts (or a dense MLP), residual -> RMSNorm -> logits over text and image codes. A token's *type*
+(text, code of an image to understand, code of an image to generate) picks the router of every mixture block,
+and that router sees the experts of its own group only. The shared expert sees every token.
+
+This file travels inside an exported folder; it needs torch and transformers and nothing else.
+
+Tensor names carry their dimensions where it helps: N rows (batch x sequence), K experts per token, C columns
+of the joined router.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_symbiotic import SymbioticConfig
+from .generation_symbiotic import ImageSpanLogitsProcessor, ImageVocabulary
+
+
+class SymbioticRMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, computed in float32."""
+
+    def __init__(self, size: int, *, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return (wide * self.weight.float()).to(hidden.dtype)
+
+
+class SymbioticRotaryEmbedding(nn.Module):
+    """Cosines and sines of the rotary embedding, over the first ``partial_rotary_factor`` of each head."""
+
+    def __init__(self, config: SymbioticConfig) -> None:
+        super().__init__()
+        if config.rope_parameters.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"rope_type={config.rope_parameters['rope_type']!r} is not supported, use 'default'"
+            )
+        self.base = config.rope_parameters["rope_theta"]
+        self.dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        self.register_buffer("inv_freq", self.frequencies(), persistent=False)
+
+    def frequencies(self) -> Tensor:
+        """Inverse frequencies: float32 [dim / 2]."""
+        return 1.0 / (self.base ** (torch.arange(0, self.dim, 2, dtype=torch.float32) / self.dim))
+
+    def reset_tables(self) -> None:
+        """Fill the buffer again: it is not in the weight file, and loading starts from an empty model."""
+        init.copy_(self.inv_freq, self.frequencies())
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [batch, sequence, dim] in the dtype of ``hidden``."""
+        angles = position_ids[..., None].float() * self.inv_freq.float()
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos().to(hidden.dtype), angles.sin().to(hidden.dtype)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first dims of ``heads`` [b, heads, s, head_dim]; dim i pairs with dim i + half the width."""
+    turned, kept = heads[..., : cos.shape[-1]], heads[..., cos.shape[-1] :]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos.unsqueeze(1) + torch.cat((-second, first), dim=-1) * sin.unsqueeze(1)
+    return torch.cat((turned, kept), dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Plain attention with the signature of transformers' attention interface; softmax in float32."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = torch.matmul(query, key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+
+class SymbioticAttention(nn.Module):
+    """Causal grouped-query attention with rotary positions, through transformers' attention interface."""
+
+    def __init__(self, config: SymbioticConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5 if config.attention_scaling is None else config.attention_scaling
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        query_size = config.num_attention_heads * config.head_dim
+        key_value_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        if config.use_qk_norm:
+            self.q_norm = SymbioticRMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = SymbioticRMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        else:
+            self.q_norm = self.k_norm = nn.Identity()
+
+    def forward(
+        self,
+        hidden: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """hidden [b, s, h] -> output [b, s, h] and, where the implementation has them, attention weights."""
+        heads = (*hidden.shape[:-1], -1, self.head_dim)
+        cos, sin = position_embeddings
+        query = rotate(self.q_norm(self.q_proj(hidden).view(heads)).transpose(1, 2), cos, sin)
+        key = rotate(self.k_norm(self.k_proj(hidden).view(heads)).transpose(1, 2), cos, sin)
+        value = self.v_proj(hidden).view(heads).transpose(1, 2)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return self.o_proj(output.reshape(*hidden.shape[:-1], -1).contiguous()), weights
+
+
+class SymbioticMLP(nn.Module):
+    """Gated MLP: down(act(gate(x)) * up(x)); ``weights`` scale its rows before the down projection."""
+
+    def __init__(self, config: SymbioticConfig, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, rows: Tensor, weights: Tensor | None = None) -> Tensor:
+        inner = self.act_fn(self.gate_proj(rows)) * self.up_proj(rows)
+        if weights is not None:
+            inner = (inner * weights.unsqueeze(-1)).to(rows.dtype)
+        return self.down_proj(inner)
+
+
+class SymbioticGate(nn.Module):
+    """The weight of one router: a row for each expert of its group, in ascending order of expert id."""
+
+    def __init__(self, num_experts: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
+
+
+class SymbioticRouter(nn.ModuleDict):
+    """Routers by name. Each token's router scores the experts of its own group and no others.
+
+    All routers' weights are joined to C columns; a token's logits outside its own router's columns are -inf
+    *before* the score function and top-k, so that a group's result doesn't depend on the other groups.
+    """
+
+    def __init__(self, config: SymbioticConfig, layer_idx: int) -> None:
+        names = list(config.group_of_router)
+        experts = {name: config.experts_of_router(layer_idx, name) for name in names}
+        super().__init__({name: SymbioticGate(len(experts[name]), config.hidden_size) for name in names})
+        self.top_k = config.num_experts_per_tok
+        self.score_function = config.router_score_function
+        self.pre_softmax = config.router_pre_softmax
+        self.scaling = config.routed_scaling_factor
+        self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
+        self._experts = list(experts.values())
+        columns = sum(len(members) for members in self._experts)
+        self.register_buffer("expert_of_column", torch.empty(columns, dtype=torch.long), persistent=False)
+        self.register_buffer("router_of_column", torch.empty(columns, dtype=torch.long), persistent=False)
+        self.reset_tables()
+
+    def reset_tables(self) -> None:
+        """Fill the index buffers again (see SymbioticRotaryEmbedding.reset_tables)."""
+        experts = [expert for members in self._experts for expert in members]
+        routers = [router for router, members in enumerate(self._experts) for _ in members]
+        init.copy_(self.expert_of_column, torch.tensor(experts))
+        init.copy_(self.router_of_column, torch.tensor(routers))
+
+    def forward(self, rows: Tensor, router_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Choose experts.
+
+        Args:
+            rows: [N, h].
+            router_ids: [N] index of each row's router.
+
+        Returns:
+            expert ids [N, K] and their weights [N, K] in the router's dtype.
+        """
+        dtype = self.dtype or rows.dtype
+        weight = torch.cat([gate.weight for gate in self.values()])
+        logits_NC = nn.functional.linear(rows.to(dtype), weight.to(dtype))
+        foreign_NC = router_ids.unsqueeze(1) != self.router_of_column
+        logits_NC = logits_NC.masked_fill(foreign_NC, float("-inf"))
+        if self.score_function == "softmax":
+            if self.pre_softmax:
+                scores_NC = torch.softmax(logits_NC, dim=-1, dtype=torch.float32)
+                weights_NK, columns_NK = torch.topk(scores_NC, self.top_k, dim=-1)
+            else:
+                chosen_NK, columns_NK = torch.topk(logits_NC, self.top_k, dim=-1)
+                weights_NK = torch.softmax(chosen_NK, dim=-1, dtype=torch.float32)
+        else:
+            # Both functions grow with the logit: top-k on logits can't be misled by scores that underflow.
+            chosen_NK, columns_NK = torch.topk(logits_NC, self.top_k, dim=-1)
+            weights_NK = chosen_NK.float()
+            sigmoid = self.score_function == "sigmoid"
+            weights_NK = torch.sigmoid(weights_NK) if sigmoid else nn.functional.softplus(weights_NK).sqrt()
+            if self.top_k > 1:
+                weights_NK = weights_NK / (weights_NK.sum(dim=-1, keepdim=True) + 1e-20)
+        if self.scaling:
+            weights_NK = weights_NK * self.scaling
+        return self.expert_of_column[columns_NK], weights_NK.to(logits_NC.dtype)
+
+
+class SymbioticExperts(nn.ModuleList):
+    """Routed experts, one MLP each, so that the state dict has one key an expert."""
+
+    def __init__(self, config: SymbioticConfig) -> None:
+        super().__init__(
+            SymbioticMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts)
+        )
+
+    def forward(self, rows: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
+        """Weighted sum of each row's experts: [N, h]. Rows are sorted by expert, so each expert runs once."""
+        order = experts_NK.reshape(-1).argsort(stable=True)
+        counts = torch.bincount(experts_NK.reshape(-1), minlength=len(self)).tolist()
+        source = order // experts_NK.shape[1]
+        row_chunks = rows[source].split(counts)
+        weight_chunks = weights_NK.reshape(-1)[order].split(counts)
+        outputs = [
+            expert(chunk, weights)
+            for expert, chunk, weights in zip(self, row_chunks, weight_chunks, strict=True)
+            if len(chunk)
+        ]
+        return torch.zeros_like(rows).index_add_(0, source, torch.cat(outputs))
+
+
+class SymbioticMoE(nn.Module):
+    """Mixture of experts: routed experts of the token's group plus the shared expert."""
+
+    def __init__(self, config: SymbioticConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.routers = SymbioticRouter(config, layer_idx)
+        self.experts = SymbioticExperts(config)
+        self.shared_expert = self.shared_expert_gate = None
+        if config.shared_expert_intermediate_size:
+            self.shared_expert = SymbioticMLP(config, config.shared_expert_intermediate_size)
+            if config.shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+
+    def forward(self, hidden: Tensor, router_ids: Tensor) -> Tensor:
+        """hidden [b, s, h], router_ids [b, s] -> [b, s, h]."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        experts_NK, weights_NK = self.routers(rows, router_ids.reshape(-1))
+        output = self.experts(rows, experts_NK, weights_NK)
+        if self.shared_expert is not None:
+            shared = self.shared_expert(rows)
+            if self.shared_expert_gate is not None:
+                shared = shared * torch.sigmoid(self.shared_expert_gate(rows))
+            output = output + shared
+        return output.reshape(hidden.shape)
+
+
+class SymbioticDecoderLayer(GradientCheckpointingLayer):
+    """One block: attention and mixture of experts (or dense MLP), each with its own pre-norm and residual."""
+
+    def __init__(self, config: SymbioticConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.input_layernorm = SymbioticRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = SymbioticAttention(config, layer_idx)
+        self.post_attention_layernorm = SymbioticRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.is_dense = layer_idx in config.dense_layers
+        dense = self.is_dense
+        self.mlp = (
+            SymbioticMLP(config, config.intermediate_size) if dense else SymbioticMoE(config, layer_idx)
+        )
+
+    def forward(self, hidden: Tensor, router_ids: Tensor, **kwargs) -> Tensor:
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), **kwargs)[0]
+        normed = self.post_attention_layernorm(hidden)
+        return hidden + (self.mlp(normed) if self.is_dense else self.mlp(normed, router_ids))
+
+
+class SymbioticPreTrainedModel(PreTrainedModel):
+    """What transformers needs to know about the architecture."""
+
+    config_class = SymbioticConfig
+    config: SymbioticConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["SymbioticDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SymbioticGate):
+            init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        if hasattr(module, "reset_tables"):
+            module.reset_tables()
+
+
+class SymbioticModel(SymbioticPreTrainedModel):
+    """The transformer without its output matrix."""
+
+    def __init__(self, config: SymbioticConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            SymbioticDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = SymbioticRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = SymbioticRotaryEmbedding(config)
+        self.images = ImageVocabulary(config.image_vocabulary) if config.image_vocabulary else None
+        self.register_buffer(
+            "router_of_type", torch.empty(len(config.router_of_token_type), dtype=torch.long), False
+        )
+        self.reset_tables()
+        self.post_init()
+
+    def reset_tables(self) -> None:
+        """Fill the index buffer again (see SymbioticRotaryEmbedding.reset_tables)."""
+        names = list(self.config.group_of_router)
+        init.copy_(
+            self.router_of_type,
+            torch.tensor([names.index(name) for name in self.config.router_of_token_type]),
+        )
+
+    def route_types(self, input_ids: Tensor | None, token_type_ids: Tensor | None, like: Tensor) -> Tensor:
+        """The router of every token: [b, s].
+
+        Raises:
+            ValueError: an image code has no type, or the type of something that is no image.
+        """
+        if token_type_ids is None:
+            text = self.config.token_types["text"]
+            token_type_ids = torch.full(like.shape[:2], text, dtype=torch.long, device=like.device)
+        if self.images is not None and input_ids is not None:
+            types = self.config.token_types
+            typed = (token_type_ids == types["understanding_code"]) | (
+                token_type_ids == types["generation_code"]
+            )
+            untyped = (self.images.is_code(input_ids) & ~typed).any()
+            message = (
+                "input_ids hold image codes whose token_type_ids are missing or of another type: pass the "
+                f"token_type_ids that the processor returns ({types['understanding_code']} for a code of an image "
+                f"to understand, {types['generation_code']} for one to generate)"
+            )
+            if torch.compiler.is_compiling():
+                torch._assert_async(~untyped, message)
+            elif untyped:
+                raise ValueError(message)
+        return self.router_of_type[token_type_ids.long()]
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Run the blocks.
+
+        Args:
+            input_ids: [b, s]; or ``inputs_embeds`` [b, s, h].
+            token_type_ids: [b, s] type of each *input* token; None means that all are text, which image codes
+                are not.
+            output_hidden_states: also return the input of every block and the normed output.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        router_ids = self.route_types(input_ids, token_type_ids, hidden)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not (self.training and self.gradient_checkpointing):
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(hidden.shape[1], device=hidden.device) + past).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        position_embeddings = self.rotary_emb(hidden, position_ids)
+        states = [hidden]
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                router_ids,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            if output_hidden_states:
+                states.append(hidden)
+        hidden = self.norm(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+        )
+
+
+class SymbioticForCausalLM(SymbioticPreTrainedModel, GenerationMixin):
+    """The transformer with one output matrix over text and image codes."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: SymbioticConfig) -> None:
+        super().__init__(config)
+        self.model = SymbioticModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.register_buffer(
+            "unused_tokens", torch.zeros(config.vocab_size, dtype=torch.bool), persistent=False
+        )
+        self.reset_tables()
+        self.post_init()
+
+    def reset_tables(self) -> None:
+        """Fill the mask of unused ids again (see SymbioticRotaryEmbedding.reset_tables)."""
+        mask = torch.zeros(self.config.vocab_size, dtype=torch.bool)
+        for start, end in self.config.unused_token_ranges:
+            mask[start:end] = True
+        init.copy_(self.unused_tokens, mask)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast | tuple:
+        """Logits [b, s, V] (or of the last ``logits_to_keep`` positions); those of unused ids are -inf.
+
+        Args:
+            token_type_ids: [b, s] type of each input token, see ``SymbioticModel.forward``.
+            labels: [b, s] ids, shifted inside; -100 is ignored. The loss is their mean cross-entropy.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
+        )
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, keep]).masked_fill(
+            self.unused_tokens, float("-inf")
+        )
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
+        result = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def complete_token_types(self, input_ids: Tensor, token_type_ids: Tensor | None) -> Tensor | None:
+        """Types of all of ``input_ids`` [b, s], given those of its first columns.
+
+        A new image code has the type that the last begin token before it says: to understand or to generate.
+        """
+        images = self.model.images
+        known = 0 if token_type_ids is None else token_type_ids.shape[1]
+        if images is None or known >= input_ids.shape[1]:
+            return token_type_ids
+        types = self.config.token_types
+        _, control = images.last_control(input_ids)
+        code = images.is_code(input_ids)
+        orphan = code & (control != images.begin_generation) & (control != images.begin_understanding)
+        if orphan[:, known:].any():
+            row, column = (int(index) for index in orphan[:, known:].nonzero()[0])
+            raise ValueError(
+                f"row {row}, position {known + column}: an image code outside an image, so its type is "
+                "unknown; pass token_type_ids for the prompt"
+            )
+        derived = torch.full_like(input_ids, types["text"])
+        derived[code & (control == images.begin_understanding)] = types["understanding_code"]
+        derived[code & (control == images.begin_generation)] = types["generation_code"]
+        return (
+            derived if not known else torch.cat((token_type_ids.to(derived.dtype), derived[:, known:]), dim=1)
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, token_type_ids: Tensor | None = None, **kwargs
+    ) -> dict:
+        """As in transformers, with the types of the tokens drawn so far."""
+        token_type_ids = self.complete_token_types(input_ids, token_type_ids)
+        return super().prepare_inputs_for_generation(input_ids, token_type_ids=token_type_ids, **kwargs)
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict, **kwargs) -> dict:
+        """As in transformers, but the type of a token that isn't drawn yet is not guessed (see above)."""
+        token_type_ids = model_kwargs.get("token_type_ids")
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
+        if token_type_ids is not None:
+            model_kwargs["token_type_ids"] = token_type_ids
+        return model_kwargs
+
+    def generate(self, inputs: Tensor | None = None, *args, logits_processor=None, **kwargs):
+        """``GenerationMixin.generate`` with ImageSpanLogitsProcessor always in the chain."""
+        processors = LogitsProcessorList(logits_processor or [])
+        if self.model.images is not None:
+            processors.append(ImageSpanLogitsProcessor(self.config))
+        return super().generate(inputs, *args, logits_processor=processors, **kwargs)
+
+
+__all__ = ["SymbioticForCausalLM", "SymbioticModel", "SymbioticPreTrainedModel"]

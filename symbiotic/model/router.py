@@ -1,0 +1,281 @@
+"""The router: each token chooses its top-k among the experts of its own group.
+
+Life of a batch of rows:
+ 1. ``token_types`` [s, b] say which router serves a row; that router's group is all it can see.
+ 2. The routers' weights, one Parameter each, are joined in slot order and give logits_NE in one product.
+ 3. Logits outside a row's group become -inf *before* the score function and top-k, so the group's router gives
+    exactly what a joint router gives with the other groups masked (method.md section 3).
+ 4. Balance losses are taken inside each group and attached to the probabilities.
+
+With one router nothing is masked and every operation is the stock ``TopKRouter``'s.
+
+Tensor names carry their dimensions: N rows (s * b, sequence-major), E experts in slot order, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import (
+    apply_random_logits,
+    compute_routing_scores_for_aux_loss,
+    router_gating_linear,
+    topk_routing_with_score_function,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from symbiotic.model import balance
+from symbiotic.model.routing import RoutingTable
+from symbiotic.tokens.types import NUM_TOKEN_TYPES, TokenType
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """The experts of one MoE layer as its router sees them.
+
+    Attributes:
+        routing: which router serves a token type and which group it chooses from.
+        group_of_expert: int [E] group index of each *logical* expert.
+        slot_to_expert: int [E] logical expert in each physical slot (see ``placement``).
+    """
+
+    routing: RoutingTable
+    group_of_expert: np.ndarray
+    slot_to_expert: np.ndarray
+
+    def experts_of_router(self, router: int) -> np.ndarray:
+        """Logical ids, ascending: row i of the router's weight belongs to the i-th of them."""
+        return np.flatnonzero(self.group_of_expert == self.routing.group_of_router[router])
+
+    def slots_of_group(self, group: int) -> np.ndarray:
+        """Slots, ascending, that hold the group's experts."""
+        return np.flatnonzero(self.group_of_expert[self.slot_to_expert] == group)
+
+
+class RouterGate(nn.Module):
+    """The weight of one of several routers: a row for each expert of its group, in logical order."""
+
+    def __init__(self, weight: Tensor, *, sequence_parallel: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        # Each rank sees only its slice of the sequence, so Megatron must sum the gradient over the TP group.
+        self.weight.sequence_parallel = sequence_parallel
+
+
+class GroupRouter(TopKRouter):
+    """Top-k routing inside expert groups.
+
+    One router keeps the stock parameter ``weight`` [E, H]; several have ``<router name>.weight`` [experts of the
+    router's group, H] each, so that each can have its own learning rate.
+
+    Args:
+        config: Megatron's configuration; ``moe_router_*`` fields mean what they mean for the stock router.
+        experts: the layer's groups, routers and slots.
+        norm: ``megatron`` or ``hunyuan`` (top-k times Megatron's) norm of the balance loss.
+        pg_collection: process groups.
+        is_mtp_layer: always False: multi-token prediction is refused by the configuration.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
+        *,
+        experts: LayerExperts,
+        norm: Literal["megatron", "hunyuan"] = "megatron",
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
+        self.experts = experts
+        self.norm_factor = self.topk if norm == "hunyuan" else 1
+        self.router_names = experts.routing.routers
+        self.usage_mode: Literal["off", "training", "evaluation"] = "off"
+        self._register_tables()
+        if len(self.router_names) > 1:
+            self._split_weight()
+
+    def _register_tables(self) -> None:
+        """Index tables as buffers (integers and booleans, which a cast to bfloat16 leaves alone)."""
+        experts, routing = self.experts, self.experts.routing
+        group_of_slot = experts.group_of_expert[experts.slot_to_expert]
+        group_of_router = np.asarray(routing.group_of_router)
+        router_of_type = np.asarray(routing.router_of_type)
+
+        def table(name: str, values: np.ndarray) -> None:
+            self.register_buffer(name, torch.from_numpy(np.ascontiguousarray(values)), persistent=False)
+
+        table("router_of_type", router_of_type)
+        table("allowed_slots", group_of_router[:, None] == group_of_slot[None, :])  # [routers, E]
+        # Row of the joined weight that scores the expert in a slot; -1 where the router doesn't reach the slot.
+        row_of_slot = np.full((len(group_of_router), len(group_of_slot)), -1)
+        start = 0
+        for router in range(len(group_of_router)):
+            logical = experts.experts_of_router(router)
+            rank_of_expert = {expert: start + rank for rank, expert in enumerate(logical)}
+            for slot in np.flatnonzero(group_of_slot == group_of_router[router]):
+                row_of_slot[router, slot] = rank_of_expert[experts.slot_to_expert[slot]]
+            start += len(logical)
+        table("row_of_slot", row_of_slot.max(axis=0) if not routing.shares_groups else row_of_slot)
+        table("usage", np.zeros((NUM_TOKEN_TYPES, len(group_of_slot)), dtype=np.int64))
+        self.in_order = not routing.shares_groups and bool((row_of_slot.max(axis=0) == np.arange(len(group_of_slot))).all())
+        for group in range(len(routing.groups)):
+            table(f"slots_of_group_{group}", experts.slots_of_group(group))
+
+    def _split_weight(self) -> None:
+        """Replace the joint weight by one parameter a router, its rows sliced from the joint initialisation."""
+        joint = self.weight.data  # rows in logical order
+        del self.weight
+        for index, name in enumerate(self.router_names):
+            rows = torch.from_numpy(self.experts.experts_of_router(index))
+            self.add_module(
+                name, RouterGate(joint[rows].clone(), sequence_parallel=self.config.sequence_parallel)
+            )
+
+    @property
+    def gates(self) -> dict[str, nn.Parameter]:
+        """Router name -> its weight."""
+        if len(self.router_names) == 1:
+            return {self.router_names[0]: self.weight}
+        return {name: getattr(self, name).weight for name in self.router_names}
+
+    def joint_logits(self, hidden: Tensor, router_of_row: Tensor | None) -> Tensor:
+        """Logits of every slot from the router that serves the row.
+
+        Args:
+            hidden: [s, b, H].
+            router_of_row: int64 [s, b], or None with a single router.
+
+        Returns:
+            [s, b, E] in the routing precision, -inf outside the row's group.
+        """
+        weights = list(self.gates.values())
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)
+        if not self.in_order:
+            weight = weight[self.row_of_slot.clamp(min=0)].reshape(-1, weight.shape[1])
+        dtypes = {"fp32": torch.float32, "fp64": torch.float64}
+        dtype = dtypes.get(self.config.moe_router_dtype, hidden.dtype)
+        logits = router_gating_linear(hidden, weight, None, dtype)
+        if router_of_row is None:
+            return logits
+        if self.experts.routing.shares_groups:
+            num_slots = self.allowed_slots.shape[1]
+            by_router = logits.unflatten(-1, (len(weights), num_slots))
+            index = router_of_row[..., None, None].expand(*router_of_row.shape, 1, num_slots)
+            logits = by_router.gather(2, index).squeeze(2)
+        return logits.masked_fill(~self.allowed_slots[router_of_row], float("-inf"))
+
+    def forward(self, input: Tensor, token_types: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route the rows of this rank.
+
+        Args:
+            input: [s, b, H], this rank's slice of the sequence under sequence parallelism.
+            token_types: int8 [s, b], the same slice; never None in a model of ours.
+
+        Returns:
+            probs [N, E] (zero where not chosen, balance losses attached) and the boolean map [N, E] with exactly
+            top-k True values in every row, padding rows included.
+        """
+        assert token_types is not None, "SymbioticModel.forward hands the token types to every layer"
+        several = len(self.router_names) > 1
+        router_of_row = self.router_of_type[token_types.long()] if several else None
+        logits = self.joint_logits(self.apply_input_jitter(input), router_of_row)
+        if self.config.moe_router_force_load_balancing:
+            logits = apply_random_logits(logits)
+        logits_NE = logits.flatten(0, 1)
+        padding_N = (token_types == TokenType.PADDING).reshape(-1)
+        logits_NE = self.apply_z_loss(logits_NE, padding_mask=padding_N)
+        probs_NE, map_NE = self.choose(logits_NE)
+        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
+            probs_NE = self.attach_balance_losses(probs_NE, logits_NE, padding_N, batch_size=input.shape[1])
+        self.count_usage(map_NE, token_types)
+        return probs_NE, map_NE
+
+    def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """Top-k choice and weights; with several routers the indices are taken on the masked scores first, so
+        that a score that underflows to zero never lets an expert of another group in."""
+        indices = None
+        if len(self.router_names) > 1:
+            indices = torch.topk(logits_NE, k=self.topk, dim=1).indices
+        return topk_routing_with_score_function(
+            logits_NE,
+            self.topk,
+            use_pre_softmax=self.config.moe_router_pre_softmax,
+            scaling_factor=self.config.moe_router_topk_scaling_factor,
+            score_function=self.score_function,
+            precomputed_indices=indices,
+        )
+
+    def balance_inputs(self, logits_NE: Tensor, padding_N: Tensor) -> balance.BalanceInputs:
+        """Scores and choices for the balance losses: without bias, inside the group, padding rows out."""
+        choices, scores = compute_routing_scores_for_aux_loss(
+            logits_NE, self.topk, self.score_function, padding_mask=padding_N
+        )
+        groups = len(self.experts.routing.groups)
+        slots = [getattr(self, f"slots_of_group_{group}") for group in range(groups)] if groups > 1 else None
+        return balance.BalanceInputs(scores, choices, slots, self.topk)
+
+    def attach_balance_losses(
+        self, probs_NE: Tensor, logits_NE: Tensor, padding_N: Tensor, *, batch_size: int
+    ) -> Tensor:
+        """Attach the groups' balance losses to ``probs_NE`` and record them for the log."""
+        inputs = self.balance_inputs(logits_NE, padding_N)
+        for kind, metric in balance.KINDS.items():
+            coefficient = self.get_aux_loss_coeff(kind)
+            if not coefficient:
+                continue
+            weighted = coefficient * self.norm_factor
+            reduce_group, needs_dp_avg = self.tp_cp_group, True
+            if kind == "aux_loss":
+                losses = balance.microbatch_losses(inputs, group=self.tp_cp_group, coefficient=weighted)
+            elif kind == "seq_aux_loss":
+                losses = balance.sequence_losses(
+                    inputs, batch_size=batch_size, group=self.tp_cp_group, coefficient=weighted
+                )
+            else:
+                reduce_group, needs_dp_avg = self.tp_dp_cp_group, False
+                losses = self._global_losses(inputs, coefficient=weighted)
+            for group, loss in zip(self.experts.routing.groups, losses, strict=True):
+                probs_NE = self.attach_and_log_load_balancing_loss(
+                    probs_NE, coefficient, loss, f"{metric}.{group}", reduce_group, needs_dp_avg=needs_dp_avg
+                )
+        return probs_NE
+
+    def _global_losses(self, inputs: balance.BalanceInputs, *, coefficient: float) -> list[Tensor]:
+        """``global_aux_loss``: f_i is the running mean over the microbatches of the step."""
+        now = balance.reduce_from_tensor_model_parallel_region(inputs.choices_NE.sum(dim=0), self.tp_dp_cp_group)
+        self.global_tokens_per_expert += now
+        self.ga_steps += 1
+        return balance.group_losses(
+            inputs,
+            tokens_per_expert=now,
+            average_tokens_per_expert=self.global_tokens_per_expert / self.ga_steps,
+            coefficient=coefficient,
+        )
+
+    def count_usage(self, map_NE: Tensor, token_types: Tensor) -> None:
+        """Count how often each expert was chosen, by token type.
+
+        In training only while gradients are enabled, since recompute runs the forward pass twice; calibration and
+        evaluation run without gradients and say so by ``usage_mode``.
+        """
+        counts = torch.is_grad_enabled() if self.usage_mode == "training" else self.usage_mode == "evaluation"
+        if counts:
+            with torch.no_grad():
+                self.usage.index_add_(0, token_types.reshape(-1).long(), map_NE.long())
+
+
+def collect_usage(routers: Sequence[GroupRouter]) -> Tensor:
+    """This rank's usage counts since the last reset: int64 [routers, 16 types, E] by *logical* expert id."""
+    rows = []
+    for router in routers:
+        by_expert = torch.zeros_like(router.usage)
+        by_expert[:, torch.from_numpy(router.experts.slot_to_expert)] = router.usage
+        rows.append(by_expert)
+    return torch.stack(rows)

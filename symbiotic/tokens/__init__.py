@@ -1,0 +1,1 @@
+"""Token types, the vocabulary layout and interleaved documents."""

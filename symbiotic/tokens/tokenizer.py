@@ -1,0 +1,117 @@
+"""Text tokenizer: a thin wrapper around a SentencePiece model, with a digest and a round-trip check.
+
+Control tokens (end of document, begin of image, ...) aren't pieces: they are ids of the vocabulary layout,
+so nothing a user writes can turn into one.
+"""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from symbiotic.errors import DataError
+from symbiotic.files import replacing
+
+ROUND_TRIP_PROBE = "def  f(x):\n\n\treturn 'two  spaces'  # naïve \u4e2d\u6587 \U0001f642 ½ ﬁ 12345\n"
+"""Newlines, runs of spaces, digits, several scripts and two characters that Unicode normalisation replaces."""
+
+TRAINING_OPTIONS = {
+    "model_type": "bpe",
+    "byte_fallback": True,
+    "normalization_rule_name": "identity",  # the default rule turns newlines and runs of spaces into one space
+    "remove_extra_whitespaces": False,
+    "split_digits": True,
+    "allow_whitespace_only_pieces": True,
+    "unk_id": 0,
+    "bos_id": -1,  # controls belong to the vocabulary layout, not to the text model
+    "eos_id": -1,
+    "pad_id": -1,
+    # SentencePiece splits input at newlines unless another character separates sentences; texts come as an
+    # iterator, so a text is one sentence, newlines included, up to this many bytes.
+    "max_sentence_length": 1 << 20,
+    "num_threads": 1,  # the order of merges is then the same on every machine
+    "minloglevel": 1,
+}
+"""Options of SentencePiece training that keep every text intact (`Tokenizer.train`)."""
+
+
+class Tokenizer:
+    """A SentencePiece model: text to piece ids and back.
+
+    Attributes:
+        path: the model file.
+        size: number of pieces; ids are [0, size).
+        digest: hexadecimal SHA-256 of the model file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        """Load a model file.
+
+        Raises:
+            DataError: the file is missing or holds no SentencePiece model.
+        """
+        self.path = Path(path)
+        try:
+            model = self.path.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"{path}: the tokenizer can't be read ({error.strerror}); give a SentencePiece tokenizer.model"
+            ) from error
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError as error:
+            raise DataError(f"{path}: not a SentencePiece model; train one with tools/train_tokenizer.py") from error
+        self.size: int = self._processor.vocab_size()
+        if self.size == 0:
+            raise DataError(f"{path}: the SentencePiece model has no pieces; train one with tools/train_tokenizer.py")
+        self.digest = hashlib.sha256(model).hexdigest()
+
+    @classmethod
+    def train(cls, texts: Iterable[str], *, size: int, path: Path | str) -> "Tokenizer":
+        """Train a byte-fallback BPE of ``size`` pieces on ``texts``, write it to ``path`` and load it.
+
+        Raises:
+            DataError: SentencePiece can't make that many pieces of these texts.
+        """
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with replacing(path) as file:
+                sentencepiece.SentencePieceTrainer.train(
+                    sentence_iterator=iter(texts), model_writer=file, vocab_size=size, **TRAINING_OPTIONS
+                )
+        except RuntimeError as error:
+            raise DataError(
+                f"{path}: a tokenizer of {size} pieces can't be trained on this text ({error}); change --size or give "
+                "more text"
+            ) from error
+        return cls(path)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Piece ids of a text: int32 [pieces]."""
+        return np.asarray(self._processor.encode(text), dtype=np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Piece ids of several texts, one int32 [pieces] each; one thread, as callers spread work over processes."""
+        return [np.asarray(ids, dtype=np.int32) for ids in self._processor.encode(list(texts), num_threads=1)]
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of piece ids.
+
+        Raises:
+            DataError: an id is no piece.
+        """
+        values = np.asarray(ids, dtype=np.int64)
+        wrong = values[(values < 0) | (values >= self.size)]
+        if wrong.size:
+            raise DataError(
+                f"{self.path}: id {int(wrong[0])} is no text piece (there are {self.size}); decode images and "
+                "controls with the vocabulary layout"
+            )
+        return self._processor.decode(values.tolist())
+
+    def round_trips(self, text: str = ROUND_TRIP_PROBE) -> bool:
+        """Whether a text survives encode and decode; a model with a lossy normaliser fails on the default probe."""
+        return self.decode(self.encode(text)) == text

@@ -1,0 +1,147 @@
+"""Progressive training: which stage a global step belongs to (method.md section 4).
+
+A stage fixes shield factors, rate factors, loss weights, data mixture and frozen roles. It is a function of the
+global step and of nothing else, so a resumed run is in the right stage by construction.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from symbiotic.errors import ConfigError
+from symbiotic.tokens.types import NUM_TOKEN_TYPES, LossClass, TokenType, type_by_name
+
+if TYPE_CHECKING:
+    from symbiotic.config import Config
+    from symbiotic.config.schema import StageConfig
+
+WHOLE_RUN = "training"
+"""Name of the only stage of a run whose configuration names none."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of steps.
+
+    Attributes:
+        name: unique name.
+        start, end: the stage holds steps start, ..., end - 1, counted from 0 over the whole run.
+        shield: 16 gradient factors by token type, for the rows of the shared experts.
+        rate_factors: role or pattern -> factor on its learning rate.
+        loss_weights: weight of each LossClass in the loss, by its value.
+        mixture: source -> weight; empty keeps the configured weights.
+        frozen: roles or patterns whose parameters stay untouched.
+    """
+
+    name: str
+    start: int
+    end: int
+    shield: tuple[float, ...] = (1.0,) * NUM_TOKEN_TYPES
+    rate_factors: Mapping[str, float] = None
+    loss_weights: tuple[float, ...] = (1.0,) * len(LossClass)
+    mixture: Mapping[str, float] = None
+    frozen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("rate_factors", "mixture"):
+            object.__setattr__(self, name, dict(getattr(self, name) or {}))
+
+
+class StageTable:
+    """The stages of a run in order, covering every step."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        assert stages and stages[0].start == 0, "the first stage starts at step 0"
+        assert all(left.end == right.start for left, right in zip(stages, stages[1:], strict=False)), "no gap"
+        self.stages = tuple(stages)
+        self._starts = [stage.start for stage in stages]
+
+    @classmethod
+    def from_config(cls, config: Config) -> StageTable:
+        """The table of a resolved configuration.
+
+        Raises:
+            ConfigError: a stage names an unknown token type or loss class.
+        """
+        if not config.stages:
+            return cls([Stage(name=WHOLE_RUN, start=0, end=config.training.steps)])
+        stages, start = [], 0
+        for item in config.stages:
+            stages.append(_stage(item, start))
+            start += item.steps
+        return cls(stages)
+
+    def at(self, step: int) -> Stage:
+        """The stage of a global step, counted from 0; steps past the end belong to the last stage."""
+        return self.stages[bisect_right(self._starts, step) - 1]
+
+    def starts_at(self, step: int) -> bool:
+        """Whether ``step`` is the first one of a stage."""
+        return step in self._starts
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of all stages."""
+        return self.stages[-1].end
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Plain values, as they stand in checkpoints: two runs have equal stages if and only if these are equal."""
+        return [
+            {
+                "name": stage.name,
+                "start": stage.start,
+                "end": stage.end,
+                "shield": list(stage.shield),
+                "rate_factors": dict(stage.rate_factors),
+                "loss_weights": list(stage.loss_weights),
+                "mixture": dict(stage.mixture),
+                "frozen": list(stage.frozen),
+            }
+            for stage in self.stages
+        ]
+
+
+def first_difference(saved: Sequence[Mapping[str, Any]], current: Sequence[Mapping[str, Any]]) -> str | None:
+    """Where two tables made by ``to_list`` differ first, in words; None when they are equal."""
+    for index in range(max(len(saved), len(current))):
+        if index >= len(saved) or index >= len(current):
+            return f"{len(saved)} stages then, {len(current)} now"
+        before, now = saved[index], current[index]
+        for key in now:
+            if before.get(key) != now[key]:
+                return f"stage {before.get('name')!r} had {key} {before.get(key)!r}, now {now[key]!r}"
+    return None
+
+
+def _stage(item: StageConfig, start: int) -> Stage:
+    shield = [1.0] * NUM_TOKEN_TYPES
+    for name, factor in item.shield.items():
+        shield[_lookup(name, type_by_name, TokenType, f"stages.{item.name}.shield")] = float(factor)
+    weights = [1.0] * len(LossClass)
+    for name, weight in item.loss_weights.items():
+        weights[_lookup(name, _class_by_name, LossClass, f"stages.{item.name}.loss_weights")] = float(weight)
+    return Stage(
+        name=item.name,
+        start=start,
+        end=start + item.steps,
+        shield=tuple(shield),
+        rate_factors=item.rate_factors,
+        loss_weights=tuple(weights),
+        mixture=item.mixture,
+        frozen=tuple(item.frozen),
+    )
+
+
+def _class_by_name(name: str) -> LossClass:
+    return {member.name.lower(): member for member in LossClass}[name]
+
+
+def _lookup(name: str, find: Any, members: Any, place: str) -> int:
+    try:
+        return int(find(name))
+    except KeyError:
+        known = ", ".join(member.name.lower() for member in members)
+        raise ConfigError(f"{place}: {name!r} is unknown; use one of {known}") from None
