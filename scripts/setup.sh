@@ -49,7 +49,7 @@ fi
 echo "installing packages into $venv (about 5.5 GB, minutes)"
 rm -f $stamp
 # pip first: the one that comes with Python may not know --build-constraint.
-$venv/bin/python -m pip install --quiet --constraint constraints/cpu.txt --upgrade pip
-$venv/bin/python -m pip install --quiet --constraint constraints/cpu.txt --build-constraint constraints/cpu.txt \
+$venv/bin/python -m pip install -qq --constraint constraints/cpu.txt --upgrade pip
+$venv/bin/python -m pip install -qq --constraint constraints/cpu.txt --build-constraint constraints/cpu.txt \
     --editable '.[dev]'
 printf '%s\n' "$checksum" >$stamp

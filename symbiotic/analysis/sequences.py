@@ -77,12 +77,12 @@ class SequenceBuilder:
         return TokenSequence.of_text([begin, self._resolution_ids[size]])
 
     def image(self, codes: np.ndarray, *, use: str) -> TokenSequence:
-        """A whole image from its codes [rows, columns] (the codebook's numbering); ``use`` as in documents."""
+        """A whole image from its codes [rows, columns], numbered as in the codebook; ``use`` as in documents."""
         rows, columns = codes.shape
-        if codes.min() < 0 or codes.max() >= self.images["codebook_size"]:
-            raise DataError(
-                f"image code {int(codes.max())} is outside the codebook of {self.images['codebook_size']} codes"
-            )
+        codebook_size = self.images["codebook_size"]
+        outside = codes[(codes < 0) | (codes >= codebook_size)]
+        if outside.size:
+            raise DataError(f"image code {int(outside[0])} is outside the codebook of {codebook_size} codes")
         ids = np.full((rows, columns + 1), self.images["end_of_row"], dtype=np.int64)
         ids[:, :columns] = codes + self.images["code_offset"]
         types = np.full((rows, columns + 1), TokenType.TEXT, dtype=np.int8)
@@ -92,7 +92,7 @@ class SequenceBuilder:
         return TokenSequence.join([self.image_start((rows, columns), use=use), body, end])
 
     def codes(self, ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Codes [n, rows, columns] of drawn images, from the ids [n, >= rows * (columns + 1)] after the resolution.
+        """Codes [n, rows, columns] of drawn images: ``ids`` [n, >= rows * (columns + 1)] follow the resolution.
 
         Raises:
             DataError: an id where a code must stand is none.

@@ -6,7 +6,6 @@ A test compares the tables with the dataclasses of the installed release.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,7 +43,6 @@ READ: dict[str, dict[str, tuple[type | None, Any]]] = {
         "moe_router_score_function": (str, "softmax"),
         "moe_router_pre_softmax": (bool, False),
         "moe_router_enable_expert_bias": (bool, False),
-        "moe_router_load_balancing_type": (str, "aux_loss"),
         "gated_linear_unit": (bool, False),
         "qk_layernorm": (bool, False),
         "add_qkv_bias": (bool, False),
@@ -113,25 +111,6 @@ _CALLBACKS = (
 )  # fmt: skip
 DERIVED[TRANSFORMER].update({name: "nothing: it holds a Python object that the program sets" for name in _CALLBACKS})
 DERIVED[OPTIMIZER]["timers"] = "nothing: it holds a Python object that the program sets"
-
-
-@dataclass(frozen=True)
-class Flag:
-    """A Megatron field of which only some values work with this model.
-
-    Attributes:
-        section: name of the Megatron dataclass.
-        field: name of its field.
-        allowed: the values that work; the first is the remedy.
-        reason: why the others are refused.
-        cpu_only: refused on the CPU only.
-    """
-
-    section: str
-    field: str
-    allowed: tuple[Any, ...]
-    reason: str
-    cpu_only: bool = False
 
 
 def value_of(config: Config, name: str, *, section: str = TRANSFORMER) -> Any:

@@ -78,17 +78,6 @@ def stack_spec(config: TransformerConfig, backend: TorchBackend, plan: MoEPlan) 
     return ModuleSpec(module=SymbioticStack, submodules=layers, params={"final_norm": norm})
 
 
-def moe_blocks(pattern: str) -> dict[int, int]:
-    """HybridModel's layer number (from 1) -> block number (from 0), for the MoE layers of a pattern.
-
-    A block is an attention layer with the feed-forward layer after it; blocks are numbered by their feed-forward
-    layers (``-`` dense or ``E`` MoE). ``|`` cuts don't count.
-    """
-    layers = pattern.replace("|", "")
-    feed_forward = [number for number, symbol in enumerate(layers, 1) if symbol in "-E"]
-    return {number: block for block, number in enumerate(feed_forward) if layers[number - 1] == "E"}
-
-
 def build_model(
     *,
     config: TransformerConfig,

@@ -42,19 +42,23 @@ class MoEPlan:
     Attributes:
         routing: token type -> router -> group.
         partition: the group of each logical expert of each MoE block.
-        block_of_layer: HybridModel's layer number (from 1) -> block number (from 0), for the MoE layers.
         norm: norm of the balance loss.
     """
 
     routing: RoutingTable
     partition: ExpertPartition
-    block_of_layer: dict[int, int]
     norm: Literal["megatron", "hunyuan"] = "megatron"
 
     def layer_experts(self, layer_number: int, *, ep_size: int) -> LayerExperts:
         """Groups and slots of one layer."""
-        groups = self.partition.row(self.block_of_layer[layer_number])
+        groups = self.partition.row(block_of_layer(layer_number))
         return LayerExperts(self.routing, groups, slot_to_expert(groups, ep_size))
+
+
+def block_of_layer(layer_number: int) -> int:
+    """HybridModel's number (from 1) of a feed-forward layer -> its block (from 0): a block is attention and
+    feed-forward, which HybridModel counts as two layers (see ``symbiotic.config.pattern``)."""
+    return layer_number // 2 - 1
 
 
 class GroupedMoELayer(MoELayer):
@@ -87,7 +91,7 @@ class GroupedMoELayer(MoELayer):
             is_mtp_layer=is_mtp_layer,
             name=name,
         )
-        self.block = plan.block_of_layer[layer_number]
+        self.block = block_of_layer(layer_number)
         self.slot_to_expert = experts.slot_to_expert.tolist()
         self.shield = GradientShield()
         # Megatron marks routed experts only when EP > 1 or expert TP differs from TP, and then the *structure* of

@@ -144,13 +144,14 @@ def frozen_roles(optimizer: MegatronOptimizer, roles: frozenset[str]) -> Iterato
 
 
 def _step_count(parts: Sequence[MegatronOptimizer]) -> int:
-    """Adam's step count: the groups' largest. FusedAdam and the CPU device's AdamW keep it in the group, torch's
-    AdamW in the state of each parameter."""
+    """Adam's step count: the largest one. FusedAdam and the CPU device's AdamW keep it in the group, torch's AdamW
+    in the state of each parameter."""
     counts = [0]
     for part in parts:
         for group in part.optimizer.param_groups:
             counts.append(int(group.get("step", 0)))
-            counts.extend(int(part.optimizer.state[p]["step"]) for p in group["params"][:1] if "step" in part.optimizer.state[p])
+            for parameter in group["params"][:1]:
+                counts.append(int(part.optimizer.state.get(parameter, {}).get("step", 0)))
     return max(counts)
 
 

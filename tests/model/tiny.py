@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from symbiotic.model.backends import backend_by_name
-from symbiotic.model.builder import build_model, moe_blocks
+from symbiotic.config.pattern import LayerPattern
+from symbiotic.model.builder import build_model
 from symbiotic.model.model import SymbioticModel, VocabularyParts
 from symbiotic.model.moe_layer import MoEPlan
 from symbiotic.model.partition import ExpertPartition, by_index
@@ -69,11 +70,10 @@ def tiny_plan(
     *, groups: dict[str, int] = TWO_GROUPS, pattern: str = "*E*E", partition: ExpertPartition | None = None, **plan: object
 ) -> MoEPlan:
     """Routing and partition of the tiny model."""
-    blocks = moe_blocks(pattern)
+    blocks = LayerPattern.parse(pattern.replace("|", "")).moe_blocks
     return MoEPlan(
         routing=RoutingTable.build(list(groups), two_routers(groups)),
-        partition=partition or by_index(groups, sorted(blocks.values())),
-        block_of_layer=blocks,
+        partition=partition or by_index(groups, blocks),
         **plan,
     )
 

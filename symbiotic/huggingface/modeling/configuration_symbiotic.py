@@ -125,7 +125,7 @@ class SymbioticConfig(PreTrainedConfig):
             expected = [] if layer in self.dense_layers else list(range(self.num_experts))
             if members != expected:
                 raise ValueError(
-                    f"expert_groups of layer {layer} don't hold each of its experts exactly once"
+                    f"expert_groups of layer {layer} don't hold each expert exactly once"
                 )
 
     def experts_of_router(self, layer: int, router: str) -> list[int]:

@@ -348,6 +348,7 @@ class SymbioticModel(SymbioticPreTrainedModel):
         )
         self.norm = SymbioticRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = SymbioticRotaryEmbedding(config)
+        self.gradient_checkpointing = False
         self.images = ImageVocabulary(config.image_vocabulary) if config.image_vocabulary else None
         self.register_buffer(
             "router_of_type", torch.empty(len(config.router_of_token_type), dtype=torch.long), False

@@ -1,0 +1,164 @@
+"""Megatron settings that this model refuses by name, each with its reason.
+
+Three kinds: those that would drop the token types on their way to a layer, those that assume one pool of experts,
+and those that one of our own layers would ignore without a word. ``docs/configuration.md`` shows the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from symbiotic.config.megatron_fields import DDP, OPTIMIZER, TRANSFORMER
+from symbiotic.config.messages import dotted, shown
+from symbiotic.config.schema import Config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """Fields of which only some values work.
+
+    Attributes:
+        fields: names in Megatron's dataclass ``section``.
+        reason: why any other value is refused, as the end of a sentence.
+        allowed: values that work; the first is the remedy.
+        device: refuse on this device only; None refuses everywhere.
+    """
+
+    fields: tuple[str, ...]
+    reason: str
+    allowed: tuple[Any, ...] = (None, False)
+    section: str = TRANSFORMER
+    device: str | None = None
+
+
+_DROPS_TYPES = "token types don't get through it to the router and the shield"
+_ONE_POOL = "it assumes one pool of experts, and this model's experts belong to groups"
+_FIXED_CHOICE = "every token chooses exactly moe_router_topk experts of its group, and none is dropped"
+_NO_FP8 = "8-bit and 4-bit training is not supported; use bf16"
+_IGNORED = "our layers don't implement it and would ignore it"
+_SHARDED_DATA = "parameters and optimizer state are sharded by DistributedDataParallelConfig.use_distributed_optimizer only"
+
+REFUSALS = (
+    Refusal(fields=("mtp_num_layers",), allowed=(None, 0), reason=f"multi-token prediction: {_DROPS_TYPES}"),
+    Refusal(fields=("mtp_use_repeated_layer", "mtp_detach_heads", "mtp_hybrid_override_pattern"),
+            reason=f"multi-token prediction: {_DROPS_TYPES}"),
+    Refusal(fields=("overlap_moe_expert_parallel_comm", "ep_overlap_early_attn_memory_release", "delay_wgrad_compute",
+                    "overlap_dispatch_backward_with_experts_wgrad"),
+            reason=f"1F1B expert-parallel overlap: {_DROPS_TYPES}"),
+    Refusal(fields=("cuda_graph_impl",), allowed=("none",), reason=f"CUDA-graph replay of a layer: {_DROPS_TYPES}"),
+    Refusal(fields=("enable_cuda_graph", "external_cuda_graph", "cuda_graph_scope"),
+            reason=f"CUDA-graph replay of a layer: {_DROPS_TYPES}"),
+    Refusal(fields=("mlp_chunks_for_training",), allowed=(1,), reason=_DROPS_TYPES),
+    Refusal(fields=("moe_router_fusion", "moe_router_num_groups", "moe_router_group_topk", "moe_router_topk_limited_devices",
+                    "moe_enable_routing_replay"), reason=_ONE_POOL),
+    Refusal(fields=("moe_single_grouped_weight", "moe_single_grouped_bias", "use_transformer_engine_op_fuser"),
+            reason="experts of different groups have different learning rates, so each needs its own parameter"),
+    Refusal(fields=("moe_router_enable_expert_bias",),
+            reason="the bias would be updated over all experts and push whole groups; use the balance loss"),
+    Refusal(fields=("moe_router_force_biased",), reason=_IGNORED),
+    Refusal(fields=("moe_router_score_function",), allowed=("softmax", "sigmoid"),
+            reason="group masking is defined for these two only"),
+    Refusal(fields=("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_dropping",
+                    "moe_expert_rank_capacity_factor", "moe_router_padding_for_quantization", "moe_router_padding_for_fp8"),
+            reason=_FIXED_CHOICE),
+    Refusal(fields=("moe_token_dispatcher_type",), allowed=("alltoall",), reason="the other dispatchers are not tested here"),
+    Refusal(fields=("moe_enable_deepep", "moe_paged_stash"), reason="only the all-to-all dispatcher is tested here"),
+    Refusal(fields=("moe_shared_expert_overlap",), reason="it bypasses the gradient shield of the shared experts"),
+    Refusal(fields=("moe_latent_size", "moe_shared_expert_glu_interleave_size", "moe_mlp_glu_interleave_size",
+                    "use_grouped_gemm_for_shared_expert", "use_grouped_gemm_for_dense_mlp", "moe_apply_probs_on_input"),
+            reason=_IGNORED),
+    Refusal(fields=("moe_layer_recompute",), reason="it is deprecated; set recompute_granularity: selective and recompute_modules: [moe]"),
+    Refusal(fields=("calculate_per_token_loss",), reason="each loss class is normalised over the global batch already"),
+    Refusal(fields=("fp16",), reason="half precision with loss scaling is not supported; use bf16"),
+    Refusal(fields=("fp8", "fp8_param", "fp8_output_proj", "fp4", "fp4_param", "first_last_layers_bf16", "use_kitchen"),
+            reason=_NO_FP8),
+    Refusal(fields=("multi_latent_attention", "experimental_attention_variant", "linear_attention_freq",
+                    "heterogeneous_block_specs"),
+            reason="the model's layers are attention, MoE and dense MLP only"),
+    Refusal(fields=("softmax_type",), allowed=("vanilla",), reason=_IGNORED),
+    Refusal(fields=("window_size", "window_attn_skip_freq", "no_rope_freq", "qk_l2_norm", "qk_clip", "log_max_attention_logit",
+                    "attention_output_gate", "apply_query_key_layer_scaling", "activation_func_clamp_value",
+                    "activation_func_fp8_input_store", "fused_residual_rmsnorm", "use_mup", "mrope_section",
+                    "fused_single_qkv_rope", "multi_latent_attention", "batch_invariant_mode"),
+            reason=_IGNORED),
+    Refusal(fields=("glu_linear_offset",), allowed=(0.0,), reason=_IGNORED),
+    Refusal(fields=("hierarchical_context_parallel_sizes", "hybrid_context_parallel", "max_seqlen_per_dp_cp_rank",
+                    "tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"),
+            reason="the process groups it needs are not made here"),
+    Refusal(fields=("gtp_weight_remat_size", "expert_gtp_weight_remat_size"), allowed=(1,),
+            reason="the process groups it needs are not made here"),
+    Refusal(fields=("cpu_offloading", "fine_grained_activation_offloading", "init_model_with_meta_device",
+                    "inference_fuse_tp_communication", "use_inference_optimized_layers", "flash_decode", "test_mode",
+                    "hetereogenous_dist_checkpoint"),
+            reason="it is not part of this training loop"),
+    Refusal(fields=("gradient_accumulation_fusion", "tp_comm_overlap", "apply_rope_fusion", "moe_permute_fusion",
+                    "masked_softmax_fusion", "persist_layer_norm", "use_te_rng_tracker", "use_te_activation_func",
+                    "defer_embedding_wgrad_compute", "symmetric_ar_type"),
+            device="cpu", reason="its kernels need a GPU"),
+    Refusal(fields=("optimizer",), section=OPTIMIZER, allowed=("adam",),
+            reason="freezing and per-role rates are tested with Adam only"),
+    Refusal(fields=("use_layer_wise_distributed_optimizer", "optimizer_cpu_offload", "overlap_param_gather_with_optimizer_step"),
+            section=OPTIMIZER, reason=_SHARDED_DATA),
+    Refusal(fields=("optimizer_cuda_graph", "fp8_recipe", "reuse_grad_buf_for_mxfp8_param_ag"), section=OPTIMIZER,
+            reason="it is not part of this training loop"),
+    Refusal(fields=("use_precision_aware_optimizer",), section=OPTIMIZER, device="cpu",
+            reason="it needs Transformer Engine's Adam"),
+    Refusal(fields=("use_megatron_fsdp", "use_custom_fsdp"), section=DDP, reason=_SHARDED_DATA),
+    Refusal(fields=("data_parallel_sharding_strategy", "outer_dp_sharding_strategy"), section=DDP, allowed=("no_shard",),
+            reason=_SHARDED_DATA),
+    Refusal(fields=("num_distributed_optimizer_instances",), section=DDP, allowed=(1,),
+            reason="the process groups it needs are not made here"),
+    Refusal(fields=("fp8_param_gather", "fp4_param_gather", "reuse_grad_buf_for_mxfp8_param_ag"), section=DDP, reason=_NO_FP8),
+    Refusal(fields=("delay_wgrad_compute",), section=DDP, reason=f"1F1B expert-parallel overlap: {_DROPS_TYPES}"),
+    Refusal(fields=("nccl_ub",), section=DDP, device="cpu", reason="it needs NCCL"),
+)  # fmt: skip
+"""Every refused setting. A test checks that each field exists in the installed megatron-core."""
+
+
+def check_refused(config: Config, *, device: str) -> None:
+    """Refuse the settings of :data:`REFUSALS`.
+
+    Args:
+        config: the configuration.
+        device: ``cpu``, ``cuda``, or ``auto`` where it is not known yet, which skips the ones of one device.
+
+    Raises:
+        ConfigError: the first one, with its reason and the value that works.
+    """
+    sections = {TRANSFORMER: config.transformer, OPTIMIZER: config.optimizer, DDP: config.ddp}
+    for refusal in REFUSALS:
+        if refusal.device not in (None, device):
+            continue
+        for name in refusal.fields:
+            values = sections[refusal.section]
+            if name in values and not _is_allowed(values[name], refusal.allowed):
+                raise config.origin.error(
+                    (refusal.section, name),
+                    f"= {shown(values[name])} is refused{_where(refusal)}: {refusal.reason}; {_remedy(refusal)}",
+                )
+
+
+def _is_allowed(value: Any, allowed: tuple[Any, ...]) -> bool:
+    """Equality that tells 1 from true."""
+    return any(value == item and isinstance(value, bool) == isinstance(item, bool) for item in allowed)
+
+
+def _where(refusal: Refusal) -> str:
+    return " on the CPU" if refusal.device == "cpu" else ""
+
+
+def _remedy(refusal: Refusal) -> str:
+    if refusal.allowed == (None, False):
+        return "leave it out"
+    return "set it to " + " or ".join(shown(item) for item in refusal.allowed if item is not None)
+
+
+def refusal_rows() -> list[tuple[str, str, str]]:
+    """(setting, values that work, reason) of every refusal, for the documentation."""
+    rows = []
+    for refusal in REFUSALS:
+        works = "unset" if refusal.allowed == (None, False) else ", ".join(map(shown, refusal.allowed))
+        names = ", ".join(f"`{dotted((refusal.section, name))}`" for name in refusal.fields)
+        rows.append((names, works, refusal.reason + (" (on the CPU)" if refusal.device else "")))
+    return rows

@@ -1,0 +1,466 @@
+"""Shards: tokenized documents on disk, as Megatron's ``.bin``/``.idx`` pair with a manifest beside it.
+
+Files of a shard, written in this order and each by rename:
+
+=========================  ==========================================================================
+``PREFIX.bin``             token ids of all segments, one after the other
+``PREFIX.idx``             lengths, documents, and one mode byte a segment (``symbiotic/tokens/types.py``)
+``PREFIX.docs.parquet``    one row a document: id, source file, line, license
+``PREFIX.manifest.json``   format version, digests of vocabulary and tokenizer, counts, size and SHA-256
+                           of the other files, and a digest of itself
+=========================  ==========================================================================
+
+A text segment holds tokenizer pieces. An image segment holds its resolution token (a control id) and then
+the codes, row by row, as language-model ids; begin, row-end and end tokens are added on reading. Stock
+``IndexedDataset(multimodal=True)`` opens the pair and sees the same tokens and modes.
+"""
+
+import contextlib
+import hashlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from symbiotic.data.index_file import SegmentIndex, read_index, token_dtype
+from symbiotic.data.segments import SEGMENT_TYPES, SegmentRules
+from symbiotic.errors import DataError
+from symbiotic.files import replacing, sha256_of, write_text
+from symbiotic.tokens.types import TokenType, split_modes
+from symbiotic.tokens.vocabulary import VocabularyLayout
+
+SHARD_FORMAT = "symbiotic-shard"
+SHARD_VERSION = 1
+FILE_SUFFIXES = {"tokens": ".bin", "index": ".idx", "documents": ".docs.parquet"}
+"""Role of each data file in the manifest, and its ending."""
+
+ShardFormat = Literal["symbiotic", "megatron"]
+
+_DOCUMENT_SCHEMA = pa.schema(
+    [("id", pa.string()), ("source_file", pa.string()), ("line", pa.int64()), ("license", pa.string())]
+)
+_ROWS_PER_GROUP = 1 << 16
+
+
+@dataclass(frozen=True)
+class DocumentRecord:
+    """Where a document comes from: one row of ``PREFIX.docs.parquet``.
+
+    Attributes:
+        id: the record's own id.
+        source_file: the corpus file, as the user named it.
+        line: its line (or row) in that file, from 1.
+        license: from the record's meta data, None if it has none.
+    """
+
+    id: str
+    source_file: str
+    line: int
+    license: str | None = None
+
+
+def shard_path(prefix: Path | str, suffix: str) -> Path:
+    """``PREFIX`` + suffix; a prefix may hold dots."""
+    prefix = Path(prefix)
+    return prefix.with_name(prefix.name + suffix)
+
+
+class ShardWriter:
+    """Writes one shard. The same documents in the same order give the same bytes.
+
+    Nothing stands under the final names before :meth:`finalize`; used as a context manager, an exception in
+    the body removes the temporary files and leaves a shard that was there before as it is::
+
+        with ShardWriter(prefix, vocabulary=vocabulary) as writer:
+            writer.add_document(record, [(tokens, mode), ...])
+            writer.finalize()
+    """
+
+    def __init__(self, prefix: Path | str, *, vocabulary: VocabularyLayout) -> None:
+        self.prefix = Path(prefix)
+        self._vocabulary = vocabulary
+        self._rules = SegmentRules(vocabulary)
+        self._dtype = token_dtype(vocabulary.image_offset + vocabulary.codebook_size)
+        self._lengths = array("i")
+        self._modes = bytearray()
+        self._first_segments = array("q", [0])
+        self._num_tokens = 0
+        self._tokens_sha256 = hashlib.sha256()
+        self._counts = {"segments": Counter(), "tokens": Counter(), "loss_tokens": Counter()}
+        self._records: list[DocumentRecord] = []
+        self._finalized = False
+        self.prefix.parent.mkdir(parents=True, exist_ok=True)
+        self._files = contextlib.ExitStack()
+        with contextlib.ExitStack() as opening:
+            self._tokens_file = opening.enter_context(replacing(shard_path(self.prefix, ".bin")))
+            documents_file = opening.enter_context(replacing(shard_path(self.prefix, ".docs.parquet")))
+            self._documents = opening.enter_context(
+                pq.ParquetWriter(documents_file, _DOCUMENT_SCHEMA, compression="zstd")
+            )
+            self._files = opening.pop_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, exception_type: type[BaseException] | None, *details: Any) -> None:
+        if not self._finalized:
+            self.abort()
+            if exception_type is None:
+                raise RuntimeError(f"{self.prefix}: the shard was not finalized")
+
+    def add_document(self, record: DocumentRecord, segments: Sequence[tuple[np.ndarray, int]]) -> None:
+        """Append one document.
+
+        Args:
+            record: its row in the document table.
+            segments: (token ids, mode byte) of each segment, at least one, none of them empty. The ids
+                are an integer array [tokens]; an image segment starts with its resolution token.
+
+        Raises:
+            DataError: a segment is empty, has an unknown mode, or an id that its type doesn't allow.
+        """
+        place = f"{record.source_file}:{record.line}: document {record.id!r}"
+        if not segments:
+            raise DataError(f"{place} is empty; remove it from the corpus")
+        lengths = np.array([len(tokens) for tokens, _ in segments], dtype=np.int64)
+        modes = np.array([mode for _, mode in segments], dtype=np.int64)
+        if ((modes < 0) | (modes > 127)).any():
+            raise DataError(f"{place} has a segment of mode {modes.tolist()}; a mode byte lies in 0..127")
+        types, has_loss = split_modes(modes, file=place)
+        tokens = np.concatenate([np.asarray(tokens) for tokens, _ in segments])
+        fault = self._rules.fault(tokens, lengths=lengths, types=types)
+        if fault is not None:
+            raise DataError(f"{place}: {fault}")
+
+        data = tokens.astype(self._dtype).tobytes()
+        self._tokens_file.write(data)
+        self._tokens_sha256.update(data)
+        self._num_tokens += len(tokens)
+        self._lengths.extend(lengths.tolist())
+        self._modes.extend(modes.tolist())
+        self._first_segments.append(len(self._lengths))
+        for token_type, length, loss in zip(types.tolist(), lengths.tolist(), has_loss.tolist(), strict=True):
+            name = TokenType(token_type).name.lower()
+            self._counts["segments"][name] += 1
+            self._counts["tokens"][name] += length
+            self._counts["loss_tokens"][name] += length if loss else 0
+        self._records.append(record)
+        if len(self._records) == _ROWS_PER_GROUP:
+            self._write_records()
+
+    def finalize(self) -> dict[str, Any]:
+        """Put the files in place, the manifest last, and return the manifest.
+
+        Raises:
+            DataError: no document was added.
+        """
+        if len(self._first_segments) == 1:
+            self.abort()
+            raise DataError(f"{self.prefix}: the corpus gave no document; a shard holds at least one")
+        # Until the new manifest stands there must be none: an old one beside new data would look like damage.
+        shard_path(self.prefix, ".manifest.json").unlink(missing_ok=True)
+        if self._records:
+            self._write_records()
+        self._files.close()
+        index = self._index()
+        with replacing(shard_path(self.prefix, ".idx")) as file:
+            for chunk in index.to_chunks():
+                file.write(chunk)
+        manifest = self._manifest(index)
+        write_text(shard_path(self.prefix, ".manifest.json"), manifest_text(manifest))
+        self._finalized = True
+        return manifest
+
+    def abort(self) -> None:
+        """Remove the temporary files; what stood under the prefix before stays."""
+        with contextlib.suppress(_Aborted), self._files:
+            raise _Aborted
+        self._finalized = True
+
+    def _write_records(self) -> None:
+        rows = [asdict(record) for record in self._records]
+        self._documents.write_table(pa.Table.from_pylist(rows, schema=_DOCUMENT_SCHEMA))
+        self._records.clear()
+
+    def _index(self) -> SegmentIndex:
+        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        ends = np.cumsum(lengths, dtype=np.int64)
+        return SegmentIndex(
+            dtype=self._dtype,
+            lengths=lengths,
+            positions=(ends - lengths) * self._dtype.itemsize,
+            first_segments=np.frombuffer(self._first_segments, dtype=np.int64),
+            modes=np.frombuffer(self._modes, dtype=np.int8),
+        )
+
+    def _manifest(self, index: SegmentIndex) -> dict[str, Any]:
+        digests = {"tokens": self._tokens_sha256.hexdigest()}
+        files = {}
+        for role, suffix in FILE_SUFFIXES.items():
+            path = shard_path(self.prefix, suffix)
+            digest = digests.get(role) or sha256_of(path)
+            files[role] = {"name": path.name, "size": path.stat().st_size, "sha256": digest}
+        return {
+            "format": SHARD_FORMAT,
+            "version": SHARD_VERSION,
+            "vocabulary": self._vocabulary.digest,
+            "tokenizer": self._vocabulary.tokenizer_digest,
+            "dtype": self._dtype.name,
+            "documents": index.num_documents,
+            "segments": index.num_segments,
+            "tokens": index.num_tokens,
+            "by_type": {
+                name: {unit: self._counts[unit][name] for unit in ("segments", "tokens", "loss_tokens")}
+                for name in sorted(self._counts["segments"])
+            },
+            "files": files,
+        }
+
+
+class _Aborted(Exception):
+    """Makes the open files of a writer drop what they hold."""
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """The one text of a manifest: fixed layout, closed by a digest of everything before it."""
+    content = {key: value for key, value in manifest.items() if key != "digest"}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**content, "digest": digest}, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_manifest(prefix: Path | str) -> dict[str, Any]:
+    """Read and check the manifest of a shard.
+
+    Raises:
+        DataError: it is missing, of an unknown format or version, or was changed after it was written.
+    """
+    path = shard_path(prefix, ".manifest.json")
+    try:
+        text = path.read_bytes().decode("utf-8")
+        manifest = json.loads(text)
+    except FileNotFoundError:
+        raise DataError(f"{path}: {_missing(prefix)}") from None
+    except ValueError as error:
+        raise DataError(f"{path}: the manifest is not readable JSON ({error}); write the shard again") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != SHARD_FORMAT:
+        raise DataError(f"{path}: this is no manifest of a shard; write the shard again with tools/preprocess_data.py")
+    if manifest.get("version") != SHARD_VERSION:
+        raise DataError(
+            f"{path}: shard version {manifest.get('version')!r} is unknown, this program reads version "
+            f"{SHARD_VERSION}; write the shard again with tools/preprocess_data.py"
+        )
+    if manifest_text(manifest) != text:
+        raise DataError(f"{path}: the manifest was changed after it was written; write the shard again")
+    return manifest
+
+
+def _missing(prefix: Path | str) -> str:
+    """Why a shard without manifest isn't there, in half a sentence."""
+    if shard_path(prefix, ".bin").exists() and shard_path(prefix, ".idx").exists():
+        return (
+            "the shard has no manifest, so writing it was not finished; run tools/preprocess_data.py again, "
+            "or open a text shard made by Megatron's own tool with format: megatron"
+        )
+    return "there is no shard of this prefix; check data.sources or write it with tools/preprocess_data.py"
+
+
+class Shard:
+    """An open shard: memory maps of its tokens and index. Open it with :meth:`open`.
+
+    Attributes:
+        prefix: path without ending.
+        format: ``symbiotic``, or ``megatron`` for a text shard of Megatron's own tool.
+        manifest: None for ``megatron``.
+        tokens: unsigned or signed integers [tokens], read-only, mapped from the ``.bin``.
+        lengths: int32 [segments].
+        positions: int64 [segments], first *byte* of each segment; :meth:`starts` gives tokens.
+        first_segments: int64 [documents + 1].
+        types: int8 [segments], TokenType values.
+        has_loss: bool [segments].
+        ends_with_eod: whether documents hold their own end-of-document token.
+    """
+
+    def __init__(self, *, prefix: Path, format: ShardFormat, index: SegmentIndex, manifest: dict[str, Any] | None) -> None:
+        self.prefix = prefix
+        self.format = format
+        self.manifest = manifest
+        self.index = index
+        self.lengths = index.lengths
+        self.positions = index.positions
+        self.first_segments = index.first_segments
+        self.tokens = np.asarray(np.memmap(shard_path(prefix, ".bin"), mode="r", dtype=index.dtype))
+        self.ends_with_eod = format == "megatron"
+        if index.modes is None:
+            self.types = np.broadcast_to(np.int8(TokenType.TEXT), index.num_segments)
+            self.has_loss = np.broadcast_to(np.bool_(True), index.num_segments)
+        else:
+            index_file = str(shard_path(prefix, ".idx"))
+            self.types, self.has_loss = split_modes(index.modes, file=index_file)
+            unknown = ~np.isin(self.types, SEGMENT_TYPES)
+            if unknown.any():
+                name = TokenType(int(self.types[unknown][0])).name.lower()
+                raise DataError(
+                    f"{index_file}: segment {int(np.flatnonzero(unknown)[0])} is of type {name}, which shards of "
+                    f"version {SHARD_VERSION} do not hold; write the shard again with tools/preprocess_data.py"
+                )
+
+    @classmethod
+    def open(
+        cls, prefix: Path | str, *, format: ShardFormat = "symbiotic", vocabulary: VocabularyLayout | None = None
+    ) -> Self:
+        """Open a shard and refuse one that is missing, incomplete, changed or of another vocabulary.
+
+        Sizes of all files, the manifest and the index are checked here; changed bytes inside the tokens
+        or the document table are found by :func:`verify_shard`.
+
+        Args:
+            prefix: path of the shard without ending.
+            format: ``megatron`` opens a text shard without modes and manifest, whose documents end with
+                their own end-of-document token.
+            vocabulary: the layout the reader uses; None skips the comparison.
+
+        Raises:
+            DataError: naming the file and what is wrong with it.
+        """
+        prefix = Path(prefix)
+        if format == "megatron":
+            return cls(prefix=prefix, format=format, index=_open_megatron_index(prefix), manifest=None)
+        manifest = read_manifest(prefix)
+        _check_files(prefix, manifest, hashed=("index",))
+        if vocabulary is not None and manifest["vocabulary"] != vocabulary.digest:
+            raise DataError(
+                f"{shard_path(prefix, '.manifest.json')}: the shard was written with vocabulary "
+                f"{manifest['vocabulary'][:12]}, this run uses {vocabulary.digest[:12]}; set model.vocabulary to the "
+                "layout of the corpus or write the shard again"
+            )
+        index = read_index(shard_path(prefix, ".idx"), with_modes=True)
+        return cls(prefix=prefix, format=format, index=index, manifest=manifest)
+
+    @property
+    def num_documents(self) -> int:
+        return self.index.num_documents
+
+    @property
+    def num_segments(self) -> int:
+        return self.index.num_segments
+
+    @property
+    def num_tokens(self) -> int:
+        return self.index.num_tokens
+
+    @property
+    def digest(self) -> str:
+        """A digest that changes when anything in the shard does; what caches are keyed on."""
+        if self.manifest is not None:
+            return str(self.manifest["digest"])
+        return sha256_of(shard_path(self.prefix, ".idx"))
+
+    def starts(self, segments: np.ndarray | slice) -> np.ndarray:
+        """First token of each of the segments in :attr:`tokens`, int64."""
+        return self.positions[segments] // self.index.dtype.itemsize
+
+    def document(self, number: int) -> list[tuple[np.ndarray, int]]:
+        """(token ids, mode) of each segment of a document, as :meth:`ShardWriter.add_document` got them."""
+        first, last = int(self.first_segments[number]), int(self.first_segments[number + 1])
+        starts = self.starts(slice(first, last)).tolist()
+        modes = [0] * (last - first) if self.index.modes is None else self.index.modes[first:last].tolist()
+        lengths = self.lengths[first:last].tolist()
+        return [
+            (self.tokens[start : start + length], mode)
+            for start, length, mode in zip(starts, lengths, modes, strict=True)
+        ]
+
+    def read_documents(self) -> pa.Table:
+        """The document table, row = document.
+
+        Raises:
+            DataError: a shard of Megatron's own tool has none.
+        """
+        if self.manifest is None:
+            raise DataError(f"{self.prefix}: a shard of format megatron has no document table")
+        return pq.read_table(shard_path(self.prefix, ".docs.parquet"))
+
+
+def _open_megatron_index(prefix: Path) -> SegmentIndex:
+    """Index of a text shard of Megatron's own tool, checked against the size of the tokens."""
+    tokens, index_path = shard_path(prefix, ".bin"), shard_path(prefix, ".idx")
+    for path in (index_path, tokens):
+        if not path.exists():
+            raise DataError(f"{path}: the file is missing; check data.sources or write the shard again")
+    index = read_index(index_path, with_modes=False)
+    expected, found = index.num_tokens * index.dtype.itemsize, tokens.stat().st_size
+    if found != expected:
+        raise DataError(f"{tokens}: the file has {found} bytes where the index announces {expected}; write the shard again")
+    if not index.num_tokens:
+        raise DataError(f"{tokens}: the shard holds no token; remove it from data.sources")
+    return index
+
+
+def _check_files(prefix: Path, manifest: dict[str, Any], *, hashed: Sequence[str]) -> None:
+    """Compare the files of a shard with the manifest: sizes of all, digests of the roles in ``hashed``."""
+    for role, suffix in FILE_SUFFIXES.items():
+        path, expected = shard_path(prefix, suffix), manifest["files"][role]
+        if path.name != expected["name"]:
+            raise DataError(
+                f"{shard_path(prefix, '.manifest.json')}: the manifest belongs to {expected['name']}; "
+                "a shard can't be renamed, write it again under the new name"
+            )
+        if not path.exists():
+            raise DataError(f"{path}: the file is missing; copy the whole shard or write it again")
+        size = path.stat().st_size
+        if size != expected["size"]:
+            raise DataError(
+                f"{path}: the file has {size} bytes where the manifest says {expected['size']}; "
+                "it was cut or changed, copy the shard again"
+            )
+        if role in hashed and sha256_of(path) != expected["sha256"]:
+            raise DataError(f"{path}: the content differs from the manifest's SHA-256; copy the shard again")
+
+
+def verify_shard(prefix: Path | str, *, vocabulary: VocabularyLayout | None = None) -> dict[str, Any]:
+    """Read a whole shard and refuse any changed byte.
+
+    Args:
+        prefix: path of the shard without ending.
+        vocabulary: if given, every id is checked against its segment's type as well.
+
+    Returns:
+        the manifest.
+
+    Raises:
+        DataError: naming the file and what is wrong with it.
+    """
+    prefix = Path(prefix)
+    manifest = read_manifest(prefix)
+    _check_files(prefix, manifest, hashed=tuple(FILE_SUFFIXES))
+    shard = Shard.open(prefix, vocabulary=vocabulary)
+    found = {"documents": shard.num_documents, "segments": shard.num_segments, "tokens": shard.num_tokens}
+    for name, count in found.items():
+        if manifest[name] != count:
+            raise DataError(f"{shard_path(prefix, '.manifest.json')}: {name} is {manifest[name]}, the index has {count}")
+    rows = shard.read_documents().num_rows
+    if rows != shard.num_documents:
+        raise DataError(f"{shard_path(prefix, '.docs.parquet')}: {rows} rows for {shard.num_documents} documents")
+    if vocabulary is not None:
+        _verify_ids(shard, vocabulary)
+    return manifest
+
+
+def _verify_ids(shard: Shard, vocabulary: VocabularyLayout) -> None:
+    """Check every id of a shard against the type of its segment, some thousand segments at a time."""
+    rules = SegmentRules(vocabulary)
+    step = 1 << 14
+    for first in range(0, shard.num_segments, step):
+        lengths = shard.lengths[first : first + step].astype(np.int64)
+        start = int(shard.starts(slice(first, first + 1))[0])
+        tokens = shard.tokens[start : start + int(lengths.sum())]
+        fault = rules.fault(tokens, lengths=lengths, types=shard.types[first : first + step], first_segment=first)
+        if fault is not None:
+            raise DataError(f"{shard_path(shard.prefix, '.bin')}: {fault}")

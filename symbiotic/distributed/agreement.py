@@ -1,0 +1,76 @@
+"""Steps that all ranks take together, or none: what fails on one rank is raised on every rank.
+
+Without this a file that only rank 0 can't write leaves the other ranks waiting in the next collective until it
+times out. The functions work without process groups too, where they just call the action.
+"""
+
+import pickle
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from symbiotic.errors import UserError
+
+Value = TypeVar("Value")
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and the number of ranks; (0, 1) without process groups."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def on_rank_zero(action: Callable[[], Value]) -> Value:
+    """Run ``action`` on rank 0 and return its (picklable) value on every rank.
+
+    Raises:
+        UserError: of the class and with the message that rank 0 raised.
+        RuntimeError: on the other ranks, for any other exception of rank 0.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        return action()
+    box: list[tuple[Value | None, Exception | None]] = [(None, None)]
+    error = None
+    if rank == 0:
+        try:
+            box = [(action(), None)]
+        except Exception as raised:  # raised again below, after the other ranks know
+            error = raised
+            box = [(None, _transportable(raised))]
+    dist.broadcast_object_list(box, src=0)
+    value, remote_error = box[0]
+    if error or remote_error:
+        raise error or remote_error
+    return value
+
+
+def on_every_rank(action: Callable[[], Value]) -> list[Value]:
+    """Run ``action``, which must not communicate, on every rank; all (picklable) values in rank order.
+
+    Raises:
+        UserError: of the class and with the message that the first failing rank raised.
+        RuntimeError: on the other ranks, for any other exception of that rank.
+    """
+    rank, size = rank_and_size()
+    if size == 1:
+        return [action()]
+    value, error = None, None
+    try:
+        value = action()
+    except Exception as raised:  # raised again below, after the other ranks know
+        error = raised
+    answers: list[tuple[Value, Exception | None]] = [None] * size
+    dist.all_gather_object(answers, (value, _transportable(error) if error else None))
+    first = next((remote_error for _, remote_error in answers if remote_error), None)
+    if error or first:
+        raise error or first
+    return [value for value, _ in answers]
+
+
+def _transportable(error: Exception) -> Exception:
+    """An exception that can be pickled: a user's mistake as it is, anything else as its text."""
+    if isinstance(error, UserError):
+        return pickle.loads(pickle.dumps(error))
+    rank, _ = rank_and_size()
+    return RuntimeError(f"rank {rank} failed: {type(error).__name__}: {error}")

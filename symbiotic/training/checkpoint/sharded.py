@@ -1,0 +1,174 @@
+"""Megatron's sharded state dicts to and from a folder, through torch's distributed checkpoint.
+
+The format is megatron-core's ``torch_dist``: its own ``dist_checkpointing.load`` reads a folder written here. Two
+things differ from its ``save`` and ``load``. Writing happens in the calling process (core starts a manager process
+that imports the entry script again). Reading goes through :mod:`safe_load`.
+"""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as torch_checkpoint
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
+from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
+from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
+
+from symbiotic.distributed.agreement import on_every_rank, on_rank_zero, rank_and_size
+from symbiotic.errors import CheckpointError
+from symbiotic.training.checkpoint.safe_load import METADATA_FILE, SafeReader, load_object, read_metadata
+from symbiotic.training.checkpoint.weights import OPTIMIZER_PREFIX, read_common_state
+
+PRIVATE_NAMES = tuple(
+    ("megatron.core.dist_checkpointing.strategies.torch", name)
+    for name in (
+        "MCoreLoadPlanner",
+        "MCoreSavePlanner",
+        "mcore_to_pyt_state_dict",
+        "_replace_state_dict_keys_with_sharded_keys",
+        "_replace_sharded_keys_with_state_dict_keys",
+        "_restore_dict_types",
+        "_unwrap_pyt_sharded_tensor",
+    )
+)
+"""Names inside Megatron that this module relies on, as (module, name); a test checks that each exists."""
+
+
+def save_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> None:
+    """Write a sharded state dict into an existing, empty folder; every rank calls it. Files are fsynced.
+
+    What is no ``ShardedTensor`` or ``ShardedObject`` is common state: equal on all ranks, and made of plain
+    values, containers and tensors.
+
+    Raises:
+        CheckpointError: the ranks' shards don't add up to whole tensors, or a rank can't write.
+    """
+    rank, _ = rank_and_size()
+    sharded, common_state = save_preprocess(sharded_state_dict, validate_access_integrity=False)
+    _check_sharding(sharded, common_state)
+    sharded["common_state"] = ShardedObject("common_state", common_state, (1,), (0,), replica_id=rank)
+    by_key, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    planner = torch_strategy.MCoreSavePlanner(
+        dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
+    )
+    try:
+        torch_checkpoint.save(
+            torch_strategy.mcore_to_pyt_state_dict(by_key),
+            storage_writer=torch_checkpoint.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
+            planner=planner,
+        )
+    except CheckpointException as error:
+        raise CheckpointError(_writing_failed(error, folder)) from error
+    on_rank_zero(lambda: save_config(CheckpointingConfig("torch_dist"), str(folder)))
+
+
+def load_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Fill the shards that this rank asks for; every rank calls it.
+
+    Returns:
+        The state dict with tensors in place of ``ShardedTensor`` and with the common state merged in.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the checkpoint holds another model: the keys or shapes
+            that differ.
+    """
+    metadata = on_every_rank(lambda: read_metadata(folder))[rank_and_size()[0]]
+    force_all_tensors_to_non_fp8(sharded_state_dict)
+    wanted, own_values, factories = load_preprocess(sharded_state_dict)
+    common_state = on_every_rank(lambda: read_common_state(folder, metadata))[rank_and_size()[0]]
+    merge(common_state, own_values)
+    sharded, _ = extract_sharded_base(wanted)
+    global_shards = _check_sharding(sharded, None)
+    on_rank_zero(lambda: _check_same_model(global_shards, metadata, folder))
+    merge(common_state, on_every_rank(lambda: _read(sharded, folder))[rank_and_size()[0]])
+    return apply_factory_merges(common_state, factories)
+
+
+class _SafePlanner(torch_strategy.MCoreLoadPlanner):
+    """Megatron's plan of what to read where, with objects read by ``weights_only``."""
+
+    def __init__(self, *, folder: Path, **options: Any) -> None:
+        super().__init__(**options)
+        self._folder = folder
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        key = read_item.dest_index.fqn
+        self.state_dict[key] = load_object(value, file=self._folder, key=key)
+
+
+def _read(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Read this rank's shards; no communication."""
+    by_key, flat_mapping, rename_mapping = torch_strategy._replace_state_dict_keys_with_sharded_keys(sharded)
+    state = torch_strategy.mcore_to_pyt_state_dict(by_key, is_loading=True)
+    planner = _SafePlanner(folder=folder, flatten_state_dict=False, flatten_sharded_tensors=False)
+    try:
+        torch_checkpoint.load(state, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
+    except CheckpointException as error:
+        raise CheckpointError(_reading_failed(error, folder)) from error
+    values = {key: torch_strategy._unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
+    values = torch_strategy._replace_sharded_keys_with_state_dict_keys(values, flat_mapping, rename_mapping)
+    torch_strategy._restore_dict_types(values, sharded)
+    return values
+
+
+def _check_sharding(sharded: dict[str, Any], common_state: dict[str, Any] | None) -> list[list[Any]]:
+    """Every element of every tensor must belong to exactly one rank. Returns the shards of all ranks, without data."""
+    _, global_shards = determine_global_metadata(sharded)
+
+    def check() -> None:
+        try:
+            validate_sharding_integrity(global_shards)
+        except (CheckpointingException, AssertionError) as error:
+            raise CheckpointError(f"the ranks' shards don't form whole tensors: {error}") from error
+
+    # The check itself runs on rank 0 only, which is the only one to raise.
+    on_every_rank(check)
+    return global_shards
+
+
+def _check_same_model(global_shards: list[list[Any]], metadata: Metadata, folder: Path) -> None:
+    """Refuse a checkpoint whose tensors are not the ones that the ranks ask for."""
+    wanted = {shard.key: tuple(shard.global_shape) for shards in global_shards for shard in shards
+              if isinstance(shard, ShardedTensor) and not shard.allow_shape_mismatch}  # fmt: skip
+    stored = {key: tuple(entry.size) for key, entry in metadata.state_dict_metadata.items()
+              if isinstance(entry, TensorStorageMetadata)}  # fmt: skip
+    with_optimizer = any(key.startswith(OPTIMIZER_PREFIX) for key in wanted)
+    missing = [key for key in wanted if key not in stored]
+    extra = [key for key in stored if key not in wanted and (with_optimizer or not key.startswith(OPTIMIZER_PREFIX))]
+    reshaped = [key for key in wanted if key in stored and stored[key] != wanted[key]]
+    differences = [
+        f"{len(missing)} tensors of this run are not in it (first: {missing[0]})" if missing else "",
+        f"{len(extra)} of its tensors are not in this run (first: {extra[0]})" if extra else "",
+        f"{reshaped[0]} has shape {stored[reshaped[0]]} there and {wanted[reshaped[0]]} here" if reshaped else "",
+    ]
+    differences = [difference for difference in differences if difference]
+    if differences:
+        raise CheckpointError(
+            f"{folder} is a checkpoint of another model: {', '.join(differences)}; use the configuration it was "
+            "trained with, or name another checkpoint"
+        )
+
+
+def _first_failure(error: CheckpointException) -> BaseException:
+    """What the first failing rank raised."""
+    exception, _ = next(iter(error.failures.values()))
+    return exception
+
+
+def _writing_failed(error: CheckpointException, folder: Path) -> str:
+    return f"writing the checkpoint {folder} failed: {_first_failure(error)}; earlier checkpoints are untouched"
+
+
+def _reading_failed(error: CheckpointException, folder: Path) -> str:
+    failure = _first_failure(error)
+    if isinstance(failure, CheckpointError):
+        return str(failure)
+    return f"reading the checkpoint {folder} failed ({failure}); it is damaged, take another"
