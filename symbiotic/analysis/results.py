@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import math
 import os
 import platform
 import subprocess
@@ -44,6 +45,13 @@ class Row:
     ceiling: float | None = None
     target: float | None = None
     holds: bool | None = None
+
+    def __post_init__(self) -> None:
+        # JSON has no NaN or infinity; a figure that is one of them was not measured.
+        for name in ("value", "chance", "ceiling", "target"):
+            number = getattr(self, name)
+            if number is not None and not math.isfinite(number):
+                object.__setattr__(self, name, None)
 
 
 Values = Mapping[str, float | int | None]

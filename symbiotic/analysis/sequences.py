@@ -77,7 +77,7 @@ class SequenceBuilder:
         return TokenSequence.of_text([begin, self._resolution_ids[size]])
 
     def image(self, codes: np.ndarray, *, use: str) -> TokenSequence:
-        """A whole image from its codes [rows, columns], numbered as in the codebook; ``use`` as in documents."""
+        """A whole image from its codes [rows, columns] in codebook numbering; ``use`` as in documents."""
         rows, columns = codes.shape
         codebook_size = self.images["codebook_size"]
         outside = codes[(codes < 0) | (codes >= codebook_size)]
@@ -92,7 +92,7 @@ class SequenceBuilder:
         return TokenSequence.join([self.image_start((rows, columns), use=use), body, end])
 
     def codes(self, ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Codes [n, rows, columns] of drawn images: ``ids`` [n, >= rows * (columns + 1)] follow the resolution.
+        """Codes [n, rows, columns] of drawn images; ``ids`` [n, >= rows * (columns + 1)] follow the resolution.
 
         Raises:
             DataError: an id where a code must stand is none.

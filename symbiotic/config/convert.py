@@ -11,7 +11,14 @@ from typing import Any, Literal
 
 from symbiotic.config.messages import KeyPath, Origin, did_you_mean, shown
 
-_TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", list: "a list", dict: "a table"}
+_TYPE_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list: "a list",
+    dict: "a table",
+}
 
 
 @functools.cache
@@ -120,6 +127,8 @@ def kind_of(value: Any) -> str:
     """What a YAML value is, in words."""
     if value is None:
         return "empty"
+    if isinstance(value, bool):
+        return "a boolean"
     return _TYPE_WORDS.get(type(value), f"a {type(value).__name__}")
 
 

@@ -88,7 +88,9 @@ def _with_steps(config: Config) -> Config:
     stages, steps, origin = list(config.stages), config.training.steps, config.origin
     for index, stage in enumerate(stages[:-1]):
         if stage.steps is None:
-            raise origin.error(("stages", str(index), "steps"), "is missing: only the last stage may leave it out; set it")
+            raise origin.error(
+                ("stages", str(index), "steps"), "is missing: only the last stage may leave it out; set it"
+            )
     if stages and stages[-1].steps is None:
         last = ("stages", str(len(stages) - 1), "steps")
         before = sum(stage.steps for stage in stages[:-1])
@@ -96,7 +98,8 @@ def _with_steps(config: Config) -> Config:
             raise origin.error(last, "is missing: set it, or set training.steps")
         if steps <= before:
             raise origin.error(
-                "training.steps", f"= {steps} leaves nothing for the last stage: the stages before it take {before}; raise it"
+                "training.steps",
+                f"= {steps} leaves nothing for the last stage: the stages before it take {before}; raise it",
             )
         stages[-1] = dataclasses.replace(stages[-1], steps=steps - before)
     total = sum(stage.steps for stage in stages)
@@ -106,6 +109,7 @@ def _with_steps(config: Config) -> Config:
         steps = total
     if stages and steps > total:
         raise origin.error(
-            "training.steps", f"= {steps} is more than the {total} steps of the stages; lengthen the last stage or lower it"
+            "training.steps",
+            f"= {steps} is more than the {total} steps of the stages; lengthen the last stage or lower it",
         )
     return dataclasses.replace(config, stages=stages, training=dataclasses.replace(config.training, steps=steps))

@@ -136,7 +136,9 @@ def _build[Section](
     for name, value in values.items():
         if name not in known:
             names = [item for item in known if item not in DERIVED[section]]
-            raise config.origin.error((section, name), f"is not a field of Megatron's {section}: {_suggestion(name, names)}")
+            raise config.origin.error(
+                (section, name), f"is not a field of Megatron's {section}: {_suggestion(name, names)}"
+            )
         typed[name] = _typed(value, hints[name], name=name, section=section, config=config)
     try:
         return cls(**{**typed, **derived})
@@ -164,7 +166,8 @@ def _typed(value: Any, hint: Any, *, name: str, section: str, config: Config) ->
     if name == "activation_func":
         if value not in ACTIVATIONS:
             raise config.origin.error(
-                (section, name), f"= {shown(value)} is not one of {', '.join(ACTIVATIONS)}; {did_you_mean(str(value), ACTIVATIONS, what='function')}"
+                (section, name),
+                f"= {shown(value)} is not one of {', '.join(ACTIVATIONS)}; {did_you_mean(str(value), ACTIVATIONS, what='function')}",
             )
         return getattr(torch.nn.functional, value)
     for option in _options(hint):
@@ -192,7 +195,9 @@ def _fit(value: Any, option: Any) -> tuple[bool, Any]:
     if shape is Literal:
         return any(value == item and type(value) is type(item) for item in arguments), value
     if option is torch.dtype:
-        return isinstance(value, str) and value in DTYPES, getattr(torch, value, None) if isinstance(value, str) else None
+        return isinstance(value, str) and value in DTYPES, getattr(torch, value, None) if isinstance(
+            value, str
+        ) else None
     if isinstance(option, type) and issubclass(option, enum.Enum):
         known = isinstance(value, str) and value in option.__members__
         return known, option[value] if known else None

@@ -37,7 +37,9 @@ _ONE_POOL = "it assumes one pool of experts, and this model's experts belong to 
 _FIXED_CHOICE = "every token chooses exactly moe_router_topk experts of its group, and none is dropped"
 _NO_FP8 = "8-bit and 4-bit training is not supported; use bf16"
 _IGNORED = "our layers don't implement it and would ignore it"
-_SHARDED_DATA = "parameters and optimizer state are sharded by DistributedDataParallelConfig.use_distributed_optimizer only"
+_SHARDED_DATA = (
+    "parameters and optimizer state are sharded by DistributedDataParallelConfig.use_distributed_optimizer only"
+)
 
 REFUSALS = (
     Refusal(fields=("mtp_num_layers",), allowed=(None, 0), reason=f"multi-token prediction: {_DROPS_TYPES}"),

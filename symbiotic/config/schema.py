@@ -104,8 +104,8 @@ class BalanceConfig:
 class ShieldConfig:
     """Gradient shield of the shared experts; the factors by token type stand in the stages."""
 
-    mode: Literal["output", "weights"] = setting(
-        "output", "output scales the gradient at the shared expert's output rows; weights scales the weight gradient only."
+    mode: Literal["output"] = setting(
+        "output", "Where the gradient is scaled: at the shared expert's output rows, before its weights and its input."
     )
 
 
@@ -128,7 +128,8 @@ class DataConfig:
     sources: list[SourceConfig] = setting([], "Training corpora.")
     validation: list[SourceConfig] = setting([], "Held-out corpora; the loss of each is reported by class.")
     packing: Literal["best_fit", "concatenate"] = setting(
-        "best_fit", "best_fit keeps documents whole where it can; concatenate cuts the stream at every sequence_length tokens."
+        "best_fit",
+        "best_fit keeps documents whole where it can; concatenate cuts the stream at every sequence_length tokens.",
     )
     seed: int | None = setting(None, "Seed of the data order; null takes run.seed.", minimum=0, maximum=2**31 - 1)
     workers: int = setting(0, "Background processes that read samples; 0 reads in the training process.", minimum=0)
@@ -141,7 +142,9 @@ class TrainingConfig:
     steps: int | None = setting(None, "Optimizer steps; null is the sum of the stages.", minimum=1)
     micro_batch_size: int = setting(doc="Samples in one forward pass of one data-parallel rank.", minimum=1)
     global_batch_size: int = setting(doc="Samples in one optimizer step over all ranks.", minimum=1)
-    evaluation_interval: int | None = setting(None, "Steps between evaluations; null evaluates at the end only.", minimum=1)
+    evaluation_interval: int | None = setting(
+        None, "Steps between evaluations; null evaluates at the end only.", minimum=1
+    )
     evaluation_batches: int = setting(8, "Global batches of each validation source in one evaluation.", minimum=1)
     exit_after_steps: int | None = setting(
         None, "Save and leave after this many steps of this launch; the run stays resumable.", minimum=1
@@ -190,11 +193,15 @@ class CheckpointConfig:
     interval: int | None = setting(500, "Steps between checkpoints; null saves at the end only.", minimum=1)
     keep: int = setting(2, "Newest checkpoints that are kept.", minimum=1)
     keep_every: int | None = setting(None, "Checkpoints at multiples of this step are kept for ever.", minimum=1)
-    resume: Literal["auto", "never"] = setting("auto", "auto goes on from the newest complete checkpoint of run.folder.")
+    resume: Literal["auto", "never"] = setting(
+        "auto", "auto goes on from the newest complete checkpoint of run.folder."
+    )
     load: str | None = setting(
         None, "A checkpoint whose weights and partition training starts from, at step 0 with a fresh optimizer."
     )
-    verify: Literal["full", "sizes"] = setting("full", "What a load checks of each file it reads: its digest, or its size.")
+    verify: Literal["full", "sizes"] = setting(
+        "full", "What a load checks of each file it reads: its digest, or its size."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +231,9 @@ class Config:
     shield: ShieldConfig = ShieldConfig()
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig
-    rates: RoleRates = setting({}, "Role or pattern: peak learning rate. An exact name wins over a pattern.", minimum=0.0)
+    rates: RoleRates = setting(
+        {}, "Role or pattern: peak learning rate. An exact name wins over a pattern.", minimum=0.0
+    )
     schedule: ScheduleConfig = ScheduleConfig()
     stages: list[StageConfig] = field(default_factory=list)
     checkpoint: CheckpointConfig = CheckpointConfig()

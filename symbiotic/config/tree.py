@@ -32,7 +32,9 @@ def read_tree(path: Path | str, overrides: Sequence[str] = ()) -> tuple[Tree, Or
     for file in reversed(extends_chain(Path(path))):
         content, lines = file.content, file.lines
         _check_sections(content, lines, file=file.path)
-        _merge(tree, content, path=(), origin=origin, places={key: f"{file.path}:{line}" for key, line in lines.items()})
+        _merge(
+            tree, content, path=(), origin=origin, places={key: f"{file.path}:{line}" for key, line in lines.items()}
+        )
     for override in overrides:
         _apply_override(tree, override, origin=origin)
     _drop_removed(tree)
@@ -60,7 +62,9 @@ def extends_chain(path: Path) -> list[_File]:
         if content is None:
             content = {}
         if not isinstance(content, dict):
-            raise ConfigError(f"{path}: not a configuration: the file must be a table of sections such as run: and model:")
+            raise ConfigError(
+                f"{path}: not a configuration: the file must be a table of sections such as run: and model:"
+            )
         parent = content.pop("extends", None)
         chain.append(_File(path, content, lines))
         if parent is None:
@@ -71,7 +75,9 @@ def extends_chain(path: Path) -> list[_File]:
             )
         child, line, path = path, lines[("extends",)], path.parent / parent
         if not path.is_file():
-            raise ConfigError(f"{child}:{line}: extends = {parent!r} names no file ({path}); the name is relative to {child}")
+            raise ConfigError(
+                f"{child}:{line}: extends = {parent!r} names no file ({path}); the name is relative to {child}"
+            )
 
 
 def read_device(path: Path | str, overrides: Sequence[str] = ()) -> str:
@@ -184,7 +190,9 @@ class _Target:
         if dataclasses.is_dataclass(expected):
             known = list(field_types(expected))
             if rest[0] not in known:
-                raise self._error(f"{dotted((*path, rest[0]))} is not a setting: {did_you_mean(rest[0], known, what='setting')}")
+                raise self._error(
+                    f"{dotted((*path, rest[0]))} is not a setting: {did_you_mean(rest[0], known, what='setting')}"
+                )
             return rest[0], rest[1:], field_types(expected)[rest[0]]
         shape, arguments = typing.get_origin(expected), typing.get_args(expected)
         if shape is dict and dataclasses.is_dataclass(arguments[1]):
@@ -193,7 +201,9 @@ class _Target:
             return ".".join(rest), [], arguments[1]
         if shape is list:
             return self._element(rest[0], path), rest[1:], arguments[0]
-        raise self._error(f"{dotted(path)} is a single value and has no key {'.'.join(rest)!r}; write {dotted(path)}=value")
+        raise self._error(
+            f"{dotted(path)} is a single value and has no key {'.'.join(rest)!r}; write {dotted(path)}=value"
+        )
 
     def _element(self, name: str, path: list[str]) -> int:
         elements = self.holder

@@ -65,10 +65,12 @@ class SegmentIndex:
 
     @property
     def num_documents(self) -> int:
+        """Documents of the shard."""
         return len(self.first_segments) - 1
 
     @property
     def num_segments(self) -> int:
+        """Segments of all documents."""
         return len(self.lengths)
 
     @property
@@ -132,13 +134,17 @@ def _check_size(path: Path, *, size: int, without_modes: int, num_segments: int,
     if size == expected:
         return
     if with_modes and size == without_modes:
-        raise DataError(f"{path}: the index holds no segment modes; open a text shard of Megatron's with format: megatron")
+        raise DataError(
+            f"{path}: the index holds no segment modes; open a text shard of Megatron's with format: megatron"
+        )
     if not with_modes and size == without_modes + num_segments:
         raise DataError(
             f"{path}: the index holds segment modes, which format: megatron would ignore; "
             "open it with format: symbiotic or write it again as text"
         )
-    raise DataError(f"{path}: the file has {size} bytes where its header announces {expected}; it is torn, write it again")
+    raise DataError(
+        f"{path}: the file has {size} bytes where its header announces {expected}; it is torn, write it again"
+    )
 
 
 def _check_structure(path: Path, index: SegmentIndex) -> None:

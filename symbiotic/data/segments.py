@@ -86,7 +86,10 @@ class SegmentRules:
     def _resolution_fault(self, tokens: np.ndarray, lengths: np.ndarray, segments: np.ndarray) -> str | None:
         rows, columns = self._resolutions.lookup(tokens)
         for image in np.flatnonzero(rows == 0):
-            return f"segment {segments[image]} is an image and starts with id {tokens[image]}, which is no resolution token"
+            return (
+                f"segment {segments[image]} is an image and starts with id {tokens[image]}, "
+                "which is no resolution token"
+            )
         for image in np.flatnonzero(rows * columns != lengths - 1):
             return (
                 f"segment {segments[image]} holds {lengths[image] - 1} codes where its resolution token "

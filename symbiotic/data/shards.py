@@ -287,7 +287,9 @@ class Shard:
         ends_with_eod: whether documents hold their own end-of-document token.
     """
 
-    def __init__(self, *, prefix: Path, format: ShardFormat, index: SegmentIndex, manifest: dict[str, Any] | None) -> None:
+    def __init__(
+        self, *, prefix: Path, format: ShardFormat, index: SegmentIndex, manifest: dict[str, Any] | None
+    ) -> None:
         self.prefix = prefix
         self.format = format
         self.manifest = manifest
@@ -345,14 +347,17 @@ class Shard:
 
     @property
     def num_documents(self) -> int:
+        """Documents of the shard."""
         return self.index.num_documents
 
     @property
     def num_segments(self) -> int:
+        """Segments of all documents."""
         return self.index.num_segments
 
     @property
     def num_tokens(self) -> int:
+        """Tokens in the ``.bin``, without those that are added on reading."""
         return self.index.num_tokens
 
     @property
@@ -397,7 +402,9 @@ def _open_megatron_index(prefix: Path) -> SegmentIndex:
     index = read_index(index_path, with_modes=False)
     expected, found = index.num_tokens * index.dtype.itemsize, tokens.stat().st_size
     if found != expected:
-        raise DataError(f"{tokens}: the file has {found} bytes where the index announces {expected}; write the shard again")
+        raise DataError(
+            f"{tokens}: the file has {found} bytes where the index announces {expected}; write the shard again"
+        )
     if not index.num_tokens:
         raise DataError(f"{tokens}: the shard holds no token; remove it from data.sources")
     return index
@@ -444,7 +451,9 @@ def verify_shard(prefix: Path | str, *, vocabulary: VocabularyLayout | None = No
     found = {"documents": shard.num_documents, "segments": shard.num_segments, "tokens": shard.num_tokens}
     for name, count in found.items():
         if manifest[name] != count:
-            raise DataError(f"{shard_path(prefix, '.manifest.json')}: {name} is {manifest[name]}, the index has {count}")
+            raise DataError(
+                f"{shard_path(prefix, '.manifest.json')}: {name} is {manifest[name]}, the index has {count}"
+            )
     rows = shard.read_documents().num_rows
     if rows != shard.num_documents:
         raise DataError(f"{shard_path(prefix, '.docs.parquet')}: {rows} rows for {shard.num_documents} documents")

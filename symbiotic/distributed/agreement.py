@@ -45,27 +45,41 @@ def on_rank_zero(action: Callable[[], Value]) -> Value:
     return value
 
 
-def on_every_rank(action: Callable[[], Value]) -> list[Value]:
-    """Run ``action``, which must not communicate, on every rank; all (picklable) values in rank order.
+def on_every_rank(action: Callable[[], Value]) -> Value:
+    """Run ``action``, which must not communicate, on every rank and return this rank's value.
 
     Raises:
-        UserError: of the class and with the message that the first failing rank raised.
-        RuntimeError: on the other ranks, for any other exception of that rank.
+        UserError: of the class and with the message of this rank, or of the first rank that failed.
+        RuntimeError: for any other exception of another rank.
     """
-    rank, size = rank_and_size()
-    if size == 1:
-        return [action()]
+    _, size = rank_and_size()
     value, error = None, None
     try:
         value = action()
     except Exception as raised:  # raised again below, after the other ranks know
         error = raised
-    answers: list[tuple[Value, Exception | None]] = [None] * size
-    dist.all_gather_object(answers, (value, _transportable(error) if error else None))
-    first = next((remote_error for _, remote_error in answers if remote_error), None)
-    if error or first:
+    errors: list[Exception | None] = [error]
+    if size > 1:
+        errors = [None] * size
+        dist.all_gather_object(errors, _transportable(error) if error else None)
+    first = next((failure for failure in errors if failure), None)
+    if first:
         raise error or first
-    return [value for value, _ in answers]
+    return value
+
+
+def gather(action: Callable[[], Value]) -> list[Value]:
+    """Run ``action``, which must not communicate, on every rank; all (picklable) values in rank order.
+
+    Raises:
+        UserError, RuntimeError: as :func:`on_every_rank`.
+    """
+    value = on_every_rank(action)
+    _, size = rank_and_size()
+    values = [value] * size
+    if size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def _transportable(error: Exception) -> Exception:

@@ -91,17 +91,32 @@ class Document:
         return self.meta.get("license")
 
 
+class RecordError(DataError):
+    """One record that can't be used: what a quarantine file lists.
+
+    Attributes:
+        file: where the record stands.
+        line: its line there, from 1.
+        reason: what is wrong with it and what to do.
+    """
+
+    def __init__(self, reason: str, *, file: str, line: int) -> None:
+        super().__init__(f"{file}:{line}: {reason}")
+        self.file = file
+        self.line = line
+        self.reason = reason
+
+
 def parse_record(record: Any, *, file: str, line: int) -> Document:
     """Turn one record of the schema into a document.
 
     Raises:
-        DataError: an unknown or missing key, a wrong type, or a document without content; the message starts
-            with ``file:line``.
+        RecordError: an unknown or missing key, a wrong type, or a document without content.
     """
     try:
         return _document(record, file=file, line=line)
     except DataError as error:
-        raise DataError(f"{file}:{line}: {error}") from error
+        raise RecordError(str(error), file=file, line=line) from error
 
 
 def _document(record: Any, *, file: str, line: int) -> Document:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -103,6 +102,6 @@ def connect(config: TransformerConfig, chunks: Sequence[Any], optimizer: Megatro
         if chunks[0].config.pipeline_model_parallel_size > 1:
             config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in chunks])
     if ddp.overlap_param_gather and ddp.align_param_gather:
-        config.param_sync_func = one_or_all([partial(chunk.start_param_sync) for chunk in chunks])
+        config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks])
 
 

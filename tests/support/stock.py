@@ -147,18 +147,14 @@ def forward_backward(model: Any, *, step: int, num_microbatches: int = 4) -> flo
     """Gradients of the mean loss over ``num_microbatches`` global microbatches; the loss, on every rank."""
     data_rank = parallel_state.get_data_parallel_rank()
     data_size = parallel_state.get_data_parallel_world_size()
-    model.zero_grad_buffer()
 
     def forward_step(iterator: Any, chunk: Any) -> tuple[torch.Tensor, Any]:
         data = next(iterator)
-        output = chunk(
-            input_ids=data["tokens"], position_ids=None, attention_mask=None, labels=data["labels"]
-        )
-        return output, _mean_loss
+        return chunk(input_ids=data["tokens"], position_ids=None, attention_mask=None, labels=data["labels"]), _mean
 
     outputs = get_forward_backward_func()(
         forward_step_func=forward_step,
-        data_iterator=iter(batch(step, index) for index in range(data_rank, num_microbatches, data_size)),
+        data_iterator=iter([batch(step, index) for index in range(data_rank, num_microbatches, data_size)]),
         model=[model],
         num_microbatches=num_microbatches // data_size,
         seq_length=SEQUENCE,
@@ -166,16 +162,36 @@ def forward_backward(model: Any, *, step: int, num_microbatches: int = 4) -> flo
         forward_only=False,
     )
     finalize_model_grads([model])
-    total = torch.tensor([sum(float(output["loss"]) for output in outputs)])
-    group = parallel_state.get_data_parallel_group()
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        last = parallel_state.get_pipeline_model_parallel_last_rank()
-        torch.distributed.broadcast(total, last, group=parallel_state.get_pipeline_model_parallel_group())
-    torch.distributed.all_reduce(total, group=group)
-    return float(total) / num_microbatches
+    # Only the last pipeline stage has outputs; every stage of one data-parallel rank adds the same loss.
+    total = torch.tensor(sum(float(output["loss"]) for output in outputs), dtype=torch.float64)
+    torch.distributed.all_reduce(total)
+    copies = parallel_state.get_tensor_model_parallel_world_size()
+    return float(total) / (num_microbatches * copies)
 
 
-def _mean_loss(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def _mean(output: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     loss = output.mean()
-    # The schedule divides the loss in place.
+    # A copy, because the schedule divides the loss in place.
     return loss, {"loss": loss.detach().clone()}
+
+
+def train_step(model: Any, optimizer: Any, *, step: int) -> tuple[float, float]:
+    """One optimizer step; loss and gradient norm."""
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss = forward_backward(model, step=step)
+    updated, grad_norm, _ = optimizer.step()
+    assert updated
+    return loss, float(grad_norm)
+
+
+def sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, Any]:
+    """What a checkpoint of model and optimizer holds, in the format that every layout can load."""
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+    }
+    weights = model.sharded_state_dict(metadata=metadata)
+    moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
+    return {"model": weights, "optimizer": moments}

@@ -60,17 +60,19 @@ def read_metadata(folder: Path | str) -> Metadata:
     try:
         with open(path, "rb") as file:
             metadata = _MetadataUnpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise pickle.UnpicklingError(f"it holds a {type(metadata).__name__} instead of an index")
+        _check_ranges(metadata, Path(folder))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing, so {folder} is no checkpoint; name another folder") from None
-    # A damaged pickle can fail in any way: with a wrong opcode, argument, attribute, encoding or length.
+    except CheckpointError:
+        raise
+    # A damaged pickle can fail in any way: a wrong opcode, argument, attribute, type, encoding or length.
     except Exception as error:
         raise CheckpointError(
             f"{path} can't be read ({type(error).__name__}: {error}); the checkpoint is damaged or not from a "
             "source to trust, so take another one"
         ) from error
-    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
-        raise CheckpointError(f"{path} holds no index of a torch_dist checkpoint; take another checkpoint")
-    _check_ranges(metadata, Path(folder))
     return metadata
 
 

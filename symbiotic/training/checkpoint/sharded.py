@@ -9,7 +9,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
@@ -24,7 +23,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from symbiotic.distributed.agreement import on_every_rank, on_rank_zero, rank_and_size
 from symbiotic.errors import CheckpointError
-from symbiotic.training.checkpoint.safe_load import METADATA_FILE, SafeReader, load_object, read_metadata
+from symbiotic.training.checkpoint.safe_load import SafeReader, load_object, read_metadata
 from symbiotic.training.checkpoint.weights import OPTIMIZER_PREFIX, read_common_state
 
 PRIVATE_NAMES = tuple(
@@ -80,15 +79,15 @@ def load_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, 
         CheckpointError: a file is missing or damaged, or the checkpoint holds another model: the keys or shapes
             that differ.
     """
-    metadata = on_every_rank(lambda: read_metadata(folder))[rank_and_size()[0]]
+    metadata = on_every_rank(lambda: read_metadata(folder))
     force_all_tensors_to_non_fp8(sharded_state_dict)
     wanted, own_values, factories = load_preprocess(sharded_state_dict)
-    common_state = on_every_rank(lambda: read_common_state(folder, metadata))[rank_and_size()[0]]
+    common_state = on_every_rank(lambda: read_common_state(folder, metadata))
     merge(common_state, own_values)
     sharded, _ = extract_sharded_base(wanted)
-    global_shards = _check_sharding(sharded, None)
+    global_shards = _check_sharding(sharded)
     on_rank_zero(lambda: _check_same_model(global_shards, metadata, folder))
-    merge(common_state, on_every_rank(lambda: _read(sharded, folder))[rank_and_size()[0]])
+    merge(common_state, on_every_rank(lambda: _read(sharded, folder)))
     return apply_factory_merges(common_state, factories)
 
 
@@ -119,18 +118,23 @@ def _read(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
     return values
 
 
-def _check_sharding(sharded: dict[str, Any], common_state: dict[str, Any] | None) -> list[list[Any]]:
-    """Every element of every tensor must belong to exactly one rank. Returns the shards of all ranks, without data."""
+def _check_sharding(sharded: dict[str, Any], common_state: dict[str, Any] | None = None) -> list[list[Any]]:
+    """Every element of every tensor must belong to exactly one rank. Returns the shards of all ranks, without data.
+
+    Where ``common_state`` differs between ranks, Megatron logs the keys; rank 0's is the one that is saved.
+    """
     _, global_shards = determine_global_metadata(sharded)
+    problem = None
+    try:
+        validate_sharding_integrity(global_shards, common_state)
+    except (CheckpointingException, AssertionError) as error:  # on rank 0 only
+        problem = error
 
-    def check() -> None:
-        try:
-            validate_sharding_integrity(global_shards)
-        except (CheckpointingException, AssertionError) as error:
-            raise CheckpointError(f"the ranks' shards don't form whole tensors: {error}") from error
+    def report() -> None:
+        if problem:
+            raise CheckpointError(f"the ranks' shards don't form whole tensors: {problem}") from problem
 
-    # The check itself runs on rank 0 only, which is the only one to raise.
-    on_every_rank(check)
+    on_every_rank(report)
     return global_shards
 
 

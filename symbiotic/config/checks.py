@@ -1,3 +1,0 @@
-"""Checks."""
-def check_config(config): pass
-def check_config_files(config): pass

@@ -1,0 +1,81 @@
+"""Checks that the files a training run starts from exist and fit the layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from symbiotic.config.layout import parallel_layout
+from symbiotic.config.schema import Config, SourceConfig
+from symbiotic.tokens.vocabulary import VocabularyLayout
+
+SUFFIXES = {"symbiotic": (".manifest.json", ".bin", ".idx"), "megatron": (".bin", ".idx")}
+"""Files of a shard by its format."""
+
+
+def check_run_folder(config: Config) -> None:
+    """The run folder is a folder, or can become one."""
+    folder = Path(config.run.folder)
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise config.origin.error(
+                "run.folder", f"= {config.run.folder!r}: {place} is a file; choose another folder"
+            )
+
+
+def check_vocabulary(config: Config) -> None:
+    """The vocabulary layout exists, and the tensor-parallel size divides both of its parts."""
+    if not Path(config.model.vocabulary).is_file():
+        raise config.origin.error(
+            "model.vocabulary", f"= {config.model.vocabulary!r} is not there; name the vocabulary.json of the corpus"
+        )
+    vocabulary = VocabularyLayout.load(config.model.vocabulary)
+    tensor = parallel_layout(config).tensor
+    for part, rows in (("text", vocabulary.text_part), ("image", vocabulary.image_part)):
+        if rows % tensor:
+            raise config.origin.error(
+                "TransformerConfig.tensor_model_parallel_size",
+                f"= {tensor} doesn't divide the {rows} rows of the {part} part of {config.model.vocabulary}; change it or "
+                "build the vocabulary with another multiple",
+            )
+
+
+def check_sources_given(config: Config) -> None:
+    """There is something to train on."""
+    if not config.data.sources:
+        raise config.origin.error(
+            "data.sources", "is missing: name at least one corpus, such as '[{name: text, prefix: PREFIX}]'"
+        )
+
+
+def check_shards(config: Config) -> None:
+    """Every source's shard files exist; opening them checks their content."""
+    for section in ("sources", "validation"):
+        for index, source in enumerate(getattr(config.data, section)):
+            _check_shard(config, source, path=("data", section, str(index), "prefix"))
+
+
+def _check_shard(config: Config, source: SourceConfig, *, path: tuple[str, ...]) -> None:
+    for suffix in SUFFIXES[source.format]:
+        if not Path(source.prefix + suffix).is_file():
+            hint = "write it with tools/preprocess_data.py" if source.format == "symbiotic" else "check the prefix"
+            raise config.origin.error(
+                path, f"= {source.prefix!r}: {source.prefix}{suffix} is not there; correct the prefix or {hint}"
+            )
+
+
+def check_partition_table(config: Config) -> None:
+    """The partition table exists where one is read."""
+    path = config.partition.path
+    if path is not None and not Path(path).is_file():
+        raise config.origin.error(
+            "partition.path", f"= {path!r} is not there; write it with tools/partition_experts.py"
+        )
+
+
+def check_checkpoint(config: Config) -> None:
+    """The checkpoint to take weights from is a folder."""
+    path = config.checkpoint.load
+    if path is not None and not Path(path).is_dir():
+        raise config.origin.error(
+            "checkpoint.load", f"= {path!r} is not a folder; name a checkpoint such as RUN/checkpoints"
+        )

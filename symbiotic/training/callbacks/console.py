@@ -1,0 +1,110 @@
+"""What a person sees: a progress bar on a terminal, plain lines elsewhere. Rank 0 only."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from symbiotic.training.callbacks.base import Callback, Event
+
+if TYPE_CHECKING:
+    from symbiotic.training.step import StepResult
+    from symbiotic.training.trainer import Trainer
+
+
+class Console(Callback):
+    """Shows progress, stage, loss by class, tokens/s and time left.
+
+    Args:
+        enabled: whether this rank prints.
+        terminal: draw a progress bar; None asks whether standard output is a terminal.
+    """
+
+    def __init__(self, *, enabled: bool, terminal: bool | None = None) -> None:
+        self._enabled = enabled
+        self._terminal = sys.stdout.isatty() if terminal is None else terminal
+        self._bar: Any = None
+        self._task: Any = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Draw the bar."""
+        if not (self._enabled and self._terminal):
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.fields[stage]}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._bar = Progress(*columns)
+        self._task = self._bar.add_task(
+            "", total=trainer.last_step, completed=trainer.state.step, stage=trainer.stages.at(trainer.state.step).name
+        )
+        self._bar.start()
+
+    def after_step(self, trainer: Trainer, result: StepResult) -> None:
+        """Advance the bar."""
+        if self._bar is not None:
+            stage = trainer.stages.at(trainer.state.step - 1).name
+            self._bar.update(self._task, completed=trainer.state.step, stage=stage)
+
+    def on_event(self, trainer: Trainer, event: Event) -> None:
+        """Print a line, or put a step's numbers beside the bar."""
+        if not self._enabled:
+            return
+        line = describe(event)
+        if self._bar is None:
+            remaining = _time_left(trainer, event)
+            print(line if remaining is None else f"{line} | {remaining} left", flush=True)
+        elif event["event"] == "step":
+            self._bar.update(self._task, description=_numbers(event))
+        else:
+            self._bar.console.print(line, highlight=False, markup=False)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def describe(event: Event) -> str:
+    """One line for one event."""
+    kind, step = event["event"], event["step"]
+    if kind == "step":
+        return f"step {step} [{event['stage']}] {_numbers(event)}"
+    if kind == "evaluation":
+        sources = (f"{source}: {_losses(losses)}" for source, losses in event["loss"].items())
+        return f"step {step} held out: {'; '.join(sources)}"
+    if kind == "stage":
+        return f"step {step} stage {event['stage']!r} begins"
+    if kind == "checkpoint":
+        return f"step {step} saved to {event['path']} ({event['seconds']:.1f} s)"
+    rest = ", ".join(f"{key}: {value}" for key, value in event.items() if key not in ("event", "step"))
+    return f"step {step} {kind}" + (f" ({rest})" if rest else "")
+
+
+def _losses(losses: dict[str, float]) -> str:
+    return " ".join(f"{name} {value:.4f}" for name, value in losses.items()) or "no labels"
+
+
+def _numbers(event: Event) -> str:
+    parts = [f"loss {_losses(event['loss'])}"]
+    if event["balance"]:
+        parts.append("balance " + " ".join(f"{name.split('.', 1)[-1]} {value:.3f}" for name, value in event["balance"].items()))
+    parts.append(f"grad norm {event['grad_norm']:.3f}")
+    parts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
+    mfu = f" ({100 * event['mfu']:.1f} % of peak)" if event["mfu"] is not None else ""
+    parts.append(f"{event['tflops']:.3g} TFLOP/s a device{mfu}")
+    return " | ".join(parts)
+
+
+def _time_left(trainer: Trainer, event: Event) -> str | None:
+    if event["event"] != "step":
+        return None
+    minutes, seconds = divmod(round((trainer.last_step - event["step"]) * event["seconds"]), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,117 @@
+"""Events as curves: TensorBoard and Weights & Biases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from symbiotic.errors import ConfigError
+from symbiotic.training.callbacks.base import Callback, Event
+
+if TYPE_CHECKING:
+    from symbiotic.training.trainer import Trainer
+
+_STEP_SCALARS = ("total_loss", "grad_norm", "tokens_per_second", "tflops", "mfu", "seconds", "data_seconds")
+
+
+def scalars_of(event: Event) -> Iterator[tuple[str, float]]:
+    """(curve, value) pairs of a ``step`` or ``evaluation`` event; nothing for other events."""
+    if event["event"] == "step":
+        for prefix in ("loss", "balance", "rates"):
+            for name, value in event[prefix].items():
+                yield f"{prefix}/{name}", value
+        for name in _STEP_SCALARS:
+            if event[name] is not None:
+                yield f"training/{name}", event[name]
+    elif event["event"] == "evaluation":
+        for source, losses in event["loss"].items():
+            for name, value in losses.items():
+                yield f"evaluation/{source}/{name}", value
+
+
+class TensorBoard(Callback):
+    """Writes ``RUN/tensorboard``: curves, and a text mark where a stage begins.
+
+    Args:
+        folder: the run folder; None on ranks that don't write.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open the writer; curves past a resumed step are hidden."""
+        if self._folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        resumed = trainer.resumed_step
+        self._writer = SummaryWriter(
+            str(self._folder / "tensorboard"), purge_step=None if resumed is None else resumed + 1
+        )
+
+    def on_event(self, trainer: Trainer, event: Event) -> None:
+        """Add the event's numbers to their curves."""
+        if self._writer is None:
+            return
+        for name, value in scalars_of(event):
+            self._writer.add_scalar(name, value, event["step"])
+        if event["event"] == "stage":
+            self._writer.add_text("stage", event["stage"], event["step"])
+        if event["event"] in ("evaluation", "checkpoint"):
+            self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close the writer."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WeightsAndBiases(Callback):
+    """Logs curves to a project in Weights & Biases, on rank 0.
+
+    Args:
+        project: the project's name; the package ``wandb`` must be installed.
+        enabled: whether this rank logs.
+
+    Raises:
+        ConfigError: ``wandb`` isn't installed.
+    """
+
+    def __init__(self, project: str, *, enabled: bool) -> None:
+        self._project = project
+        self._enabled = enabled
+        self._run: Any = None
+        if enabled:
+            try:
+                import wandb
+            except ImportError:
+                raise ConfigError(
+                    f"logging.wandb={project!r} needs the package wandb; install symbiotic[wandb] or set logging.wandb=null"
+                ) from None
+            self._wandb = wandb
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Start or go on with the run of this name."""
+        if self._enabled:
+            self._run = self._wandb.init(
+                project=self._project,
+                name=trainer.config.name,
+                id=trainer.config.name.replace("/", "-"),
+                resume="allow",
+                config=trainer.config.to_dict(),
+                dir=str(trainer.folder),
+            )
+
+    def on_event(self, trainer: Trainer, event: Event) -> None:
+        """Log the event's numbers under its step."""
+        values = dict(scalars_of(event))
+        if self._run is not None and values:
+            self._run.log(values, step=event["step"])
+
+    def close(self) -> None:
+        """Finish the run."""
+        if self._run is not None:
+            self._run.finish()

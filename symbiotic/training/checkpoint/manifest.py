@@ -1,0 +1,166 @@
+"""What makes a folder a checkpoint: a manifest of every file, and a marker written after everything else.
+
+    step-500/
+      .metadata, __R_I.distcp   tensors and common state, megatron-core's torch_dist format
+      metadata.json             names that format
+      config.yaml               resolved configuration of the run (training checkpoints)
+      partition.json            group of every expert
+      provenance.json           where weights that no run wrote come from
+      manifest.json             size and SHA-256 of each of these files
+      complete                  SHA-256 of manifest.json; a folder without it is no checkpoint
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from symbiotic.errors import CheckpointError
+from symbiotic.files import fsync_folder, sha256_of, write_json, write_text
+
+MANIFEST_FILE = "manifest.json"
+MARKER_FILE = "complete"
+FORMAT = "symbiotic-checkpoint"
+VERSION = 1
+VERIFY_LEVELS = ("full", "sizes")
+
+
+def digest_files(folder: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of the files of a folder, read back from where they were written.
+
+    Args:
+        folder: the checkpoint being written.
+        share: (rank, ranks): only every ``ranks``-th file, starting with the ``rank``-th.
+    """
+    names = sorted(path.name for path in folder.iterdir() if path.name not in (MANIFEST_FILE, MARKER_FILE))
+    rank, ranks = share
+    return {
+        name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        for name in names[rank::ranks]
+    }
+
+
+def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], *, kind: str, step: int) -> None:
+    """Write the manifest and flush the folder; the marker is still missing.
+
+    Args:
+        folder: the checkpoint being written.
+        files: what :func:`digest_files` returned for all files.
+        kind: ``training`` or ``weights``.
+        step: the global step that the checkpoint stands after; 0 for weights that no run wrote.
+    """
+    manifest = {"format": FORMAT, "version": VERSION, "kind": kind, "step": step, "files": dict(sorted(files.items()))}
+    write_json(folder / MANIFEST_FILE, manifest)
+    fsync_folder(folder)
+
+
+def publish(temporary: Path, folder: Path) -> None:
+    """Give a written folder its final name, then its marker, which makes it a checkpoint.
+
+    A folder that has the name already, such as a damaged checkpoint of the same step, is replaced.
+    """
+    replaced = folder.with_name(folder.name + ".replaced.tmp")
+    remove_folder(replaced)
+    if folder.exists():
+        folder.rename(replaced)
+    temporary.rename(folder)
+    fsync_folder(folder.parent)
+    write_text(folder / MARKER_FILE, sha256_of(folder / MANIFEST_FILE) + "\n")
+    remove_folder(replaced)
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a checkpoint or what is left of one, its marker first; nothing happens where it doesn't exist."""
+    if not folder.exists():
+        return
+    (folder / MARKER_FILE).unlink(missing_ok=True)
+    fsync_folder(folder)
+    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def reporting_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn an error of the file system into a CheckpointError that names the checkpoint being written."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"writing the checkpoint {folder} failed: {error.strerror} ({error.filename}); earlier checkpoints are "
+            "untouched: make room or repair the disk, then resume"
+        ) from error
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the folder has its marker; says nothing about damage done later."""
+    return (folder / MARKER_FILE).is_file()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete checkpoint.
+
+    Raises:
+        CheckpointError: the folder has no marker, or its manifest is missing, changed, or of another version.
+    """
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} doesn't exist; name a checkpoint folder such as RUN/checkpoints/step-500")
+    if not is_complete(folder):
+        raise CheckpointError(
+            f"{folder} has no file {MARKER_FILE!r}, so it is no checkpoint or was not written to the end; "
+            "take another one"
+        )
+    try:
+        if (folder / MARKER_FILE).read_text(encoding="utf-8").strip() != sha256_of(path):
+            raise CheckpointError(f"{path} was changed after the checkpoint was completed; take another one")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+            raise CheckpointError(
+                f"{path} is of format {manifest['format']!r} version {manifest['version']!r}, this release reads "
+                f"{FORMAT!r} version {VERSION}; load it with the release that wrote it"
+            )
+        for name, entry in manifest["files"].items():
+            if Path(name).name != name or not isinstance(entry["size"], int) or len(entry["sha256"]) != 64:
+                raise CheckpointError(f"{path}: the entry for {name!r} is none of a checkpoint's; take another one")
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: {error.strerror}; the checkpoint is damaged, take another") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} is no manifest ({type(error).__name__}: {error}); take another one") from error
+    return manifest
+
+
+def verify_files(folder: Path, *, level: str = "full", share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+    """Compare a checkpoint's files with its manifest.
+
+    Args:
+        folder: the checkpoint.
+        level: ``sizes`` compares the size of every file; ``full`` every byte too.
+        share: (rank, ranks): digest only every ``ranks``-th file. Sizes are always compared for all.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        CheckpointError: naming the first file that is missing or differs.
+    """
+    manifest = read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; the checkpoint is damaged, take another one")
+        if path.stat().st_size != entry["size"]:
+            raise CheckpointError(
+                f"{path} has {path.stat().st_size} bytes instead of {entry['size']}; the checkpoint is damaged, "
+                "take another one"
+            )
+    rank, ranks = share
+    for name in sorted(manifest["files"])[rank::ranks] if level == "full" else ():
+        if sha256_of(folder / name) != manifest["files"][name]["sha256"]:
+            raise CheckpointError(
+                f"{folder / name} has the right size but other content than was written; the checkpoint is damaged, "
+                "take another one"
+            )
+    return manifest

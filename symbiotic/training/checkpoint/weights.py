@@ -1,0 +1,303 @@
+"""Model weights of a checkpoint, tensor by tensor, in one process and without Megatron.
+
+    weights = open_weights("runs/x/checkpoints/step-500")
+    for key in weights.keys():
+        tensor = weights.read(key)
+
+    write_weights(folder, ((key, tensor) for ...), common={}, partition=table, provenance={"source": ...})
+
+Both speak Megatron's sharded keys (``decoder.layers.1.mlp.experts.experts.linear_fc1.weight`` with the experts in
+logical order on the first axis). What ``write_weights`` leaves behind is a checkpoint: a run can be started from it.
+"""
+
+import io
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import yaml
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from symbiotic.errors import CheckpointError
+from symbiotic.files import replacing, write_json
+from symbiotic.training.checkpoint import manifest as manifests
+from symbiotic.training.checkpoint.safe_load import METADATA_FILE, load_object, read_metadata
+
+OPTIMIZER_PREFIX = "optimizer."
+"""Keys of the optimizer's tensors begin with this; every other tensor is a weight or a buffer of the model."""
+
+COMMON_STATE_KEY = "common_state/shard_0_1"
+"""Where megatron-core keeps what is no tensor: ShardedObject("common_state", shape (1,), offset (0,)).unique_key."""
+
+COMMON_KEY = "common"
+"""Our own part of the common state: step, stage, data position, counters."""
+
+FORMAT_FILE = "metadata.json"
+PARTITION_FILE = "partition.json"
+CONFIG_FILE = "config.yaml"
+PROVENANCE_FILE = "provenance.json"
+
+
+def open_weights(folder: Path | str, *, verify: str = "sizes") -> "Weights":
+    """Open a checkpoint for reading its model tensors.
+
+    Args:
+        folder: a folder with a manifest, such as RUN/checkpoints/step-500.
+        verify: ``sizes`` or ``full`` (every byte is hashed first).
+
+    Raises:
+        CheckpointError: the folder is no checkpoint, or a file of it is missing or damaged.
+    """
+    folder = Path(folder)
+    return Weights(folder, manifests.verify_files(folder, level=verify), read_metadata(folder))
+
+
+class Weights:
+    """The model tensors of one checkpoint."""
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], metadata: Metadata) -> None:
+        self.folder = folder
+        self.step = int(manifest["step"])
+        self.kind = str(manifest["kind"])
+        self._metadata = metadata
+        self._tensors: dict[str, TensorStorageMetadata] = {
+            key: entry
+            for key, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata) and not key.startswith(OPTIMIZER_PREFIX)
+        }
+
+    def keys(self) -> list[str]:
+        """Names of all model tensors, sorted."""
+        return sorted(self._tensors)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of the whole tensor."""
+        return tuple(self._tensor(key).size)
+
+    def dtype(self, key: str) -> torch.dtype:
+        """Stored dtype."""
+        return self._tensor(key).properties.dtype
+
+    def read(self, key: str, *, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """A tensor on the CPU, or the rows from ``start`` to ``stop`` of its first axis.
+
+        Raises:
+            CheckpointError: the key is unknown, or its bytes are damaged.
+        """
+        entry = self._tensor(key)
+        shape = list(entry.size)
+        stop = shape[0] if stop is None and shape else stop
+        if shape:
+            shape[0] = stop - start
+        result = torch.empty(shape, dtype=entry.properties.dtype)
+        filled = 0
+        for chunk in entry.chunks:
+            filled += self._copy_chunk(key, chunk, result, start=start, stop=stop)
+        if filled != result.numel():
+            raise CheckpointError(
+                f"{self.folder}: the stored parts of {key!r} fill {filled} of {result.numel()} values; the checkpoint "
+                "is damaged, take another one"
+            )
+        return result
+
+    def common(self) -> dict[str, Any]:
+        """The run's own state that is no tensor of the model: step, stage, data position, counters."""
+        return read_common_state(self.folder, self._metadata).get(COMMON_KEY, {})
+
+    def partition(self) -> dict[str, Any] | None:
+        """The expert partition as a plain table, None where the checkpoint has none."""
+        return self._plain(PARTITION_FILE)
+
+    def config(self) -> dict[str, Any] | None:
+        """The resolved configuration of the run as a plain tree, None for weights that no run wrote."""
+        return self._plain(CONFIG_FILE)
+
+    def provenance(self) -> dict[str, Any] | None:
+        """Where weights that no run wrote come from, None for a training checkpoint."""
+        return self._plain(PROVENANCE_FILE)
+
+    def _tensor(self, key: str) -> TensorStorageMetadata:
+        if key not in self._tensors:
+            raise CheckpointError(f"{self.folder} holds no tensor {key!r}; its tensors begin with {self.keys()[:3]}")
+        return self._tensors[key]
+
+    def _copy_chunk(
+        self, key: str, chunk: ChunkStorageMetadata, result: torch.Tensor, *, start: int, stop: int | None
+    ) -> int:
+        """Copy what ``chunk`` holds of rows start..stop into ``result``; the number of values copied."""
+        offsets, sizes = list(chunk.offsets), list(chunk.sizes)
+        source = [slice(0, size) for size in sizes]
+        target = [slice(offset, offset + size) for offset, size in zip(offsets, sizes, strict=True)]
+        if sizes:
+            first, last = max(offsets[0], start), min(offsets[0] + sizes[0], stop)
+            if first >= last:
+                return 0
+            source[0] = slice(first - offsets[0], last - offsets[0])
+            target[0] = slice(first - start, last - start)
+        place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
+        part = load_object(_slice_of(self.folder, place), file=self.folder / place.relative_path, key=key)
+        if not torch.is_tensor(part) or list(part.shape) != sizes:
+            raise CheckpointError(
+                f"{self.folder / place.relative_path}: the stored part of {key!r} is not the tensor of shape "
+                f"{tuple(sizes)} that {METADATA_FILE} promises; the checkpoint is damaged, take another one"
+            )
+        result[tuple(target)] = part[tuple(source)]
+        return result[tuple(target)].numel()
+
+    def _plain(self, name: str) -> dict[str, Any] | None:
+        path = self.folder / name
+        if not path.is_file():
+            return None
+        try:
+            # JSON is YAML too; the safe loader makes plain values only.
+            return yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{path} can't be parsed ({error}); the checkpoint is damaged, take another") from error
+
+
+def read_common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
+    """Everything in a checkpoint that is no sharded tensor, read by ``weights_only``.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    place = metadata.storage_data.get(MetadataIndex(COMMON_STATE_KEY))
+    if place is None:
+        raise CheckpointError(f"{folder / METADATA_FILE} lists no common state; it is no checkpoint of megatron-core 0.19")
+    state = load_object(_slice_of(folder, place), file=folder / place.relative_path, key=COMMON_STATE_KEY)
+    if not (isinstance(state, list) and len(state) == 1 and isinstance(state[0], dict)):
+        raise CheckpointError(f"{folder / place.relative_path}: the common state is no dictionary; take another checkpoint")
+    return state[0]
+
+
+def _slice_of(folder: Path, place: _StorageInfo) -> io.BytesIO:
+    with open(folder / place.relative_path, "rb") as file:
+        file.seek(place.offset)
+        return io.BytesIO(file.read(place.length))
+
+
+def write_weights(
+    folder: Path | str,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    *,
+    common: Mapping[str, Any],
+    partition: Mapping[str, Any] | None = None,
+    provenance: Mapping[str, Any],
+) -> None:
+    """Write a checkpoint of weights only, holding one tensor in memory at a time.
+
+    Args:
+        folder: a path that doesn't exist yet.
+        tensors: pairs of Megatron's sharded key and the whole tensor.
+        common: plain values for :meth:`Weights.common`.
+        partition: the expert partition as a plain table.
+        provenance: where the weights come from, as plain JSON values.
+
+    Raises:
+        CheckpointError: the folder exists, or a key comes twice.
+    """
+    with WeightsWriter(folder, common=common, partition=partition, provenance=provenance) as writer:
+        for key, tensor in tensors:
+            writer.add(key, tensor)
+
+
+class WeightsWriter:
+    """Writes a weights-only checkpoint part by part; the folder appears when the ``with`` block ends well."""
+
+    _FILE = "__0_0.distcp"
+
+    def __init__(
+        self,
+        folder: Path | str,
+        *,
+        common: Mapping[str, Any],
+        partition: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any],
+    ) -> None:
+        self.folder = Path(folder)
+        self._temporary = self.folder.with_name(self.folder.name + ".tmp")
+        self._common = {COMMON_KEY: dict(common)}
+        self._plain = {PARTITION_FILE: partition, PROVENANCE_FILE: provenance}
+        self._entries: dict[str, Any] = {}
+        self._places: dict[MetadataIndex, _StorageInfo] = {}
+
+    def __enter__(self) -> "WeightsWriter":
+        if self.folder.exists():
+            raise CheckpointError(f"{self.folder} exists already; name a new folder or remove it")
+        manifests.remove_folder(self._temporary)
+        self._temporary.mkdir(parents=True)
+        self._stream = open(self._temporary / self._FILE, "wb")
+        return self
+
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        """Write a whole tensor. One with three axes or more is stored index by index of its first axis (experts)."""
+        if tensor.dim() < 3:
+            self.add_part(key, tensor, shape=tuple(tensor.shape), offsets=(0,) * tensor.dim())
+            return
+        for index in range(tensor.shape[0]):
+            offsets = (index,) + (0,) * (tensor.dim() - 1)
+            self.add_part(key, tensor[index : index + 1], shape=tuple(tensor.shape), offsets=offsets)
+
+    def add_part(
+        self, key: str, part: torch.Tensor, *, shape: tuple[int, ...], offsets: tuple[int, ...]
+    ) -> None:
+        """Write a part of a tensor of ``shape``, beginning at ``offsets`` (one number an axis).
+
+        Raises:
+            CheckpointError: this part was written before, or the tensor's shape or dtype is another.
+        """
+        properties = TensorProperties(dtype=part.dtype)
+        entry = self._entries.setdefault(key, TensorStorageMetadata(properties, torch.Size(shape), []))
+        chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(part.shape))
+        index = MetadataIndex(key, chunk.offsets, len(entry.chunks))
+        if index in self._places or entry.properties.dtype != part.dtype or tuple(entry.size) != tuple(shape):
+            raise CheckpointError(f"{self.folder}: {key!r} at {offsets} was written before, or with another shape or dtype")
+        entry.chunks.append(chunk)
+        # clone() drops the storage around a view, which torch.save would write in whole.
+        self._places[index] = self._append(part.detach().to("cpu").clone(memory_format=torch.contiguous_format))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._stream.close()
+            manifests.remove_folder(self._temporary)
+            return
+        with manifests.reporting_disk_errors(self.folder):
+            self._entries[COMMON_STATE_KEY] = BytesStorageMetadata()
+            self._places[MetadataIndex(COMMON_STATE_KEY)] = self._append([self._common])
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            self._finish()
+
+    def _append(self, value: Any) -> _StorageInfo:
+        offset = self._stream.tell()
+        torch.save(value, self._stream)
+        return _StorageInfo(self._FILE, offset, self._stream.tell() - offset)
+
+    def _finish(self) -> None:
+        """Write everything that describes the tensors, then give the folder its name."""
+        metadata = Metadata(self._entries, storage_data=self._places, storage_meta=StorageMeta())
+        with replacing(self._temporary / METADATA_FILE) as file:
+            pickle.dump(metadata, file)
+        write_json(self._temporary / FORMAT_FILE, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+        for name, table in self._plain.items():
+            if table is not None:
+                write_json(self._temporary / name, table)
+        files = manifests.digest_files(self._temporary)
+        manifests.write_manifest(self._temporary, files, kind="weights", step=0)
+        manifests.publish(self._temporary, self.folder)

@@ -1,0 +1,52 @@
+import json
+
+import pytest
+
+from symbiotic.analysis.run_log import collect, read_events, read_run_log
+from symbiotic.errors import DataError
+
+
+def step(number, stage, text, generation=None):
+    loss = {"text": text, "generation": generation}
+    return {"event": "step", "step": number, "stage": stage, "loss": loss, "tokens_per_second": 100.0 * number}
+
+
+def test_curves_stages_and_held_out_losses():
+    events = [
+        {"event": "stage", "step": 1, "stage": "warm-up"},
+        step(1, "warm-up", 5.0),
+        step(2, "warm-up", 4.0, 6.0),
+        {"event": "evaluation", "step": 2, "loss": {"a": {"text": 4.0, "generation": None}, "b": {"text": 2.0}}},
+        step(3, "release", 3.0, 5.0),
+    ]
+    log = collect(events, name="x")
+    assert log.loss == {"text": [(1, 5.0), (2, 4.0), (3, 3.0)], "generation": [(2, 6.0), (3, 5.0)]}
+    assert log.held_out == {"text": [(2, 3.0)]}
+    assert log.stages == [(1, "warm-up"), (3, "release")]
+    assert log.tokens_per_second == 200.0
+
+
+def test_after_a_resume_the_later_entry_of_a_step_counts():
+    events = [step(1, "a", 5.0), step(2, "a", 4.0), {"event": "resume", "step": 1}, step(2, "a", 3.5)]
+    assert collect(events, name="x").loss["text"] == [(1, 5.0), (2, 3.5)]
+
+
+def test_read_run_log_takes_the_folder_name_and_leaves_out_a_half_written_line(tmp_path):
+    folder = tmp_path / "generation"
+    folder.mkdir()
+    (folder / "log.jsonl").write_text(json.dumps(step(1, "a", 5.0)) + '\n{"event": "st')
+    log = read_run_log(folder)
+    assert log.name == "generation"
+    assert log.loss == {"text": [(1, 5.0)]}
+
+
+def test_a_damaged_line_is_refused_by_number(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"event": "stage"}\n{"event"\n')
+    with pytest.raises(DataError, match=r"log\.jsonl: line 2: not JSON"):
+        read_events(path)
+    path.write_text("3\n")
+    with pytest.raises(DataError, match=r"log\.jsonl: line 1: expected a JSON object"):
+        read_events(path)
+    with pytest.raises(DataError, match="can't read"):
+        read_events(tmp_path / "absent.jsonl")
