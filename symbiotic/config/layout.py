@@ -76,8 +76,9 @@ def check_world_size(config: Config, world_size: int) -> None:
     if world_size % layout.smallest_world:
         raise ConfigError(
             f"{config.origin.file}: {world_size} processes don't fit the layout: tensor {layout.tensor} x context "
-            f"{layout.context} x pipeline {layout.pipeline}, with experts over {layout.expert} x {layout.expert_tensor}, "
-            f"needs a multiple of {layout.smallest_world}; start that many or change TransformerConfig's parallel sizes"
+            f"{layout.context} x pipeline {layout.pipeline}, with experts over {layout.expert} x "
+            f"{layout.expert_tensor}, needs a multiple of {layout.smallest_world}; start that many or change "
+            "TransformerConfig's parallel sizes"
         )
     ranks = layout.data_parallel(world_size)
     samples = config.training.micro_batch_size * ranks
@@ -96,6 +97,6 @@ def _check_interleaving(config: Config, layout: ParallelLayout, *, microbatches:
         raise config.origin.error(
             "training.global_batch_size",
             f"= {config.training.global_batch_size} gives {microbatches} microbatches a step, but interleaved "
-            f"pipelining needs a multiple of pipeline_model_parallel_size = {layout.pipeline}; change the batch sizes or "
-            "drop virtual_pipeline_model_parallel_size",
+            f"pipelining needs a multiple of pipeline_model_parallel_size = {layout.pipeline}; change the batch sizes "
+            "or drop virtual_pipeline_model_parallel_size",
         )

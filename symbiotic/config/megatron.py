@@ -16,6 +16,7 @@ import typing
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
+from symbiotic.config.checks import check_config_for_device
 from symbiotic.config.convert import kind_of, type_words
 from symbiotic.config.layout import layer_pattern
 from symbiotic.config.megatron_fields import DDP, DERIVED, OPTIMIZER, TRANSFORMER, value_of
@@ -46,15 +47,9 @@ def layer_backend(config: Config) -> Literal["torch", "transformer_engine"]:
     Raises:
         ConfigError: Transformer Engine is asked for and isn't there.
     """
-    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from symbiotic.model.backends import resolve_backend
 
-    if config.model.backend == "transformer_engine" and not (HAVE_TE and resolved_device(config) == "cuda"):
-        raise config.origin.error(
-            "model.backend", "= 'transformer_engine' needs a GPU and an installed transformer-engine; set it to torch"
-        )
-    if config.model.backend == "auto":
-        return "transformer_engine" if HAVE_TE and resolved_device(config) == "cuda" else "torch"
-    return config.model.backend
+    return resolve_backend(config.model.backend, device=resolved_device(config))
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -66,6 +61,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     import torch
     from megatron.core.transformer.transformer_config import TransformerConfig
 
+    check_config_for_device(config, resolved_device(config))
     pattern = layer_pattern(config)
     dtype = torch.bfloat16 if value_of(config, "bf16") else torch.float32
     backend = layer_backend(config)
@@ -165,10 +161,8 @@ def _typed(value: Any, hint: Any, *, name: str, section: str, config: Config) ->
 
     if name == "activation_func":
         if value not in ACTIVATIONS:
-            raise config.origin.error(
-                (section, name),
-                f"= {shown(value)} is not one of {', '.join(ACTIVATIONS)}; {did_you_mean(str(value), ACTIVATIONS, what='function')}",
-            )
+            remedy = did_you_mean(str(value), ACTIVATIONS, what="function")
+            raise config.origin.error((section, name), f"= {shown(value)} is not an activation function here; {remedy}")
         return getattr(torch.nn.functional, value)
     for option in _options(hint):
         fitting, result = _fit(value, option)

@@ -20,13 +20,10 @@ def dotted(path: Iterable[str]) -> str:
 
 def shown(value: Any) -> str:
     """A value as YAML would show it, cut to a readable length."""
-    text = {True: "true", False: "false", None: "null"}.get(value, None) if _is_plain(value) else None
-    text = repr(value) if text is None else text
+    if value is None or isinstance(value, bool):
+        return {True: "true", False: "false", None: "null"}[value]
+    text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

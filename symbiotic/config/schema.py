@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009 (setting() returns a dataclasses.field, which is what the rule wants)
 """The typed tree: one small dataclass a section, each setting with its default, its limits and one line of help.
 
 The three sections that carry the names of Megatron's own dataclasses are plain mappings here; they are typed in
@@ -43,7 +44,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape of the model beyond what TransformerConfig says. A block is attention followed by an MoE layer or a dense MLP."""
+    """Shape of the model beyond TransformerConfig. A block is attention, then an MoE layer or a dense MLP."""
 
     blocks: int | None = setting(
         None, "Number of blocks; derived when layer_pattern is given.", minimum=1, maximum=10_000

@@ -71,7 +71,8 @@ def extends_chain(path: Path) -> list[_File]:
             return chain
         if not isinstance(parent, str) or not parent.strip():
             raise ConfigError(
-                f"{path}:{lines[('extends',)]}: extends = {shown(parent)} must be the name of one file, relative to this one"
+                f"{path}:{lines[('extends',)]}: extends = {shown(parent)} must be the name of one file, relative to "
+                "this one"
             )
         child, line, path = path, lines[("extends",)], path.parent / parent
         if not path.is_file():
@@ -108,7 +109,11 @@ def _check_sections(content: Tree, lines: dict[KeyPath, int], *, file: Path) -> 
 
 
 def _merge(base: Tree, extension: Tree, *, path: KeyPath, origin: Origin, places: dict[KeyPath, str]) -> None:
-    """Merge ``extension`` into ``base``: tables key by key, everything else replaces. An empty section changes nothing."""
+    """Merge ``extension`` into ``base``: tables key by key, everything else replaces.
+
+    An empty section changes nothing. In ``rates`` the extension's keys come first, since of several patterns that
+    match a role the first one decides.
+    """
     for key, value in extension.items():
         here = (*path, key)
         if value is None and not path:
@@ -119,28 +124,36 @@ def _merge(base: Tree, extension: Tree, *, path: KeyPath, origin: Origin, places
         origin.forget(here)
         origin.places.update({known: place for known, place in places.items() if known[: len(here)] == here})
         base[key] = value
+    if path == ("rates",):
+        ordered = {**extension, **base}
+        base.clear()
+        base.update(ordered)
 
 
 def _drop_removed(tree: Tree) -> None:
-    """Remove entries of named tables (groups, routers, rates, ...) that an extending file set to null."""
-    for section, expected in field_types(Config).items():
-        if typing.get_origin(expected) is dict and section in ("groups", "routers", "rates"):
-            table = tree.get(section)
-            if isinstance(table, dict):
-                tree[section] = {key: value for key, value in table.items() if value is not None}
+    """Remove entries of the tables of named things that an extending file set to null."""
+    for section in ("groups", "routers", "rates"):
+        table = tree.get(section)
+        if isinstance(table, dict):
+            tree[section] = {key: value for key, value in table.items() if value is not None}
 
 
 def _apply_override(tree: Tree, override: str, *, origin: Origin) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise ConfigError(f"{COMMAND_LINE}: {override!r} is not an override; write section.key=value")
-    value, lines = parse_yaml(text, source=f"{COMMAND_LINE}: {key}")
+    try:
+        value, lines = parse_yaml(text, source=COMMAND_LINE)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; if {key} is meant to be that text, quote it: {key}='\"{text}\"'") from error
     target = _Target(tree, origin=origin, key=key.strip())
     path = target.walk()
     origin.forget(path)
     origin.places[path] = COMMAND_LINE
     origin.places.update({(*path, *below): COMMAND_LINE for below in lines})
     target.assign(value)
+    if path[0] == "rates" and len(path) == 2:
+        tree["rates"] = {path[1]: value, **tree["rates"]}
 
 
 class _Target:

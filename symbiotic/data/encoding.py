@@ -104,7 +104,7 @@ class DocumentEncoder:
         self.vocabulary = VocabularyLayout.load(files.vocabulary)
         self.tokenizer = Tokenizer(files.tokenizer)
         self.codec: ImageCodec | None = load_codec(files.codec) if files.codec is not None else None
-                if self.vocabulary.tokenizer_digest != self.tokenizer.digest or self.vocabulary.text_size != self.tokenizer.size:
+        if self.vocabulary.tokenizer_digest != self.tokenizer.digest or self.vocabulary.text_size != self.tokenizer.size:
             raise DataError(
                 f"{files.vocabulary}: the vocabulary was laid out for another tokenizer than {files.tokenizer}; "
                 "give the tokenizer.model that was made with it"

@@ -16,7 +16,7 @@ knows no tokens. Both policies are functions of (lengths, order of the documents
 
 import hashlib
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,16 @@ class Pieces:
     documents: np.ndarray
     starts: np.ndarray
     lengths: np.ndarray
+
+    @classmethod
+    def empty(cls) -> "Pieces":
+        """No piece."""
+        return cls(*(np.empty(0, dtype=np.int32) for _ in range(3)))
+
+    @classmethod
+    def join(cls, parts: Sequence["Pieces"]) -> "Pieces":
+        """The pieces of all parts, part after part."""
+        return cls(*(np.concatenate(arrays) for arrays in zip(*((part.documents, part.starts, part.lengths) for part in parts), strict=True)))
 
     def __len__(self) -> int:
         return len(self.documents)

@@ -10,9 +10,8 @@ Checkpoint keys are HybridModel's: attention and the MLP or mixture of block ``i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,42 +22,39 @@ from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConf
 Shape = tuple[int, ...]
 
 
-class Layout(Protocol):
-    """How one checkpoint tensor lies in several exported tensors."""
+@dataclass(frozen=True)
+class Layout:
+    """How one checkpoint tensor lies in one or several exported tensors.
+
+    Attributes:
+        megatron_shape: shape in the checkpoint.
+        huggingface_shapes: shapes of the exported tensors.
+        split: checkpoint tensor -> exported tensors (views where possible).
+        join: exported tensors -> checkpoint tensor, the inverse of ``split``.
+    """
 
     megatron_shape: Shape
     huggingface_shapes: tuple[Shape, ...]
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """Checkpoint tensor -> exported tensors (views where possible)."""
-
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Exported tensors -> checkpoint tensor: the inverse of ``split``."""
+    split: Callable[[Tensor], tuple[Tensor, ...]]
+    join: Callable[[Sequence[Tensor]], Tensor]
 
 
-@dataclass(frozen=True)
-class Same:
+def same(*shape: int) -> Layout:
     """The same tensor under another name."""
-
-    shape: Shape
-
-    @property
-    def megatron_shape(self) -> Shape:
-        return self.shape
-
-    @property
-    def huggingface_shapes(self) -> tuple[Shape, ...]:
-        return (self.shape,)
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return (tensor,)
-
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return tensors[0]
+    return Layout(shape, (shape,), split=lambda tensor: (tensor,), join=lambda parts: parts[0])
 
 
-@dataclass(frozen=True)
-class GroupedQKV:
+def gate_up(size: int, hidden: int) -> Layout:
+    """The first matrix of a gated MLP: ``size`` gate rows, then ``size`` up rows."""
+    return Layout(
+        (2 * size, hidden),
+        ((size, hidden), (size, hidden)),
+        split=lambda tensor: tensor.chunk(2),
+        join=lambda parts: torch.cat(list(parts)),
+    )
+
+
+def grouped_qkv(*, heads: int, groups: int, head_dim: int, trailing: Shape) -> Layout:
     """Fused query, key and value rows: for each query group its query heads, then its key, then its value.
 
     Args:
@@ -67,118 +63,59 @@ class GroupedQKV:
         head_dim: rows of a head.
         trailing: the shape behind the rows: ``(h,)`` for a weight, ``()`` for a bias.
     """
+    fused = ((heads + 2 * groups) * head_dim, *trailing)
+    query, key = (heads * head_dim, *trailing), (groups * head_dim, *trailing)
 
-    heads: int
-    groups: int
-    head_dim: int
-    trailing: Shape
+    def split(tensor: Tensor) -> tuple[Tensor, ...]:
+        per_group = tensor.reshape(groups, -1, head_dim, *trailing)
+        parts = per_group.split([heads // groups, 1, 1], dim=1)
+        return tuple(part.reshape(shape) for part, shape in zip(parts, (query, key, key), strict=True))
 
-    @property
-    def megatron_shape(self) -> Shape:
-        return ((self.heads + 2 * self.groups) * self.head_dim, *self.trailing)
+    def join(parts: Sequence[Tensor]) -> Tensor:
+        per_group = [part.reshape(groups, -1, head_dim, *trailing) for part in parts]
+        return torch.cat(per_group, dim=1).reshape(fused)
 
-    @property
-    def huggingface_shapes(self) -> tuple[Shape, ...]:
-        query, key = self.heads * self.head_dim, self.groups * self.head_dim
-        return ((query, *self.trailing), (key, *self.trailing), (key, *self.trailing))
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        per_group = tensor.reshape(self.groups, -1, self.head_dim, *self.trailing)
-        parts = per_group.split([self.heads // self.groups, 1, 1], dim=1)
-        shapes = self.huggingface_shapes
-        return tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
-
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        parts = [part.reshape(self.groups, -1, self.head_dim, *self.trailing) for part in tensors]
-        return torch.cat(parts, dim=1).reshape(self.megatron_shape)
-
-
-@dataclass(frozen=True)
-class GateUp:
-    """The two halves of a gated MLP's first matrix: gate rows, then up rows.
-
-    Args:
-        size: rows of one half.
-        hidden: columns.
-        experts: length of the leading expert axis, or None without one. With it the exported tensors are
-            expert 0's gate and up, expert 1's gate and up, and so on.
-    """
-
-    size: int
-    hidden: int
-    experts: int | None = None
-
-    @property
-    def megatron_shape(self) -> Shape:
-        rows = (2 * self.size, self.hidden)
-        return rows if self.experts is None else (self.experts, *rows)
-
-    @property
-    def huggingface_shapes(self) -> tuple[Shape, ...]:
-        return ((self.size, self.hidden),) * (2 * (self.experts or 1))
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return tensor.reshape(-1, self.size, self.hidden).unbind()
-
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(tensors)).reshape(self.megatron_shape)
-
-
-@dataclass(frozen=True)
-class PerExpert:
-    """One exported tensor for each index of the expert axis."""
-
-    experts: int
-    shape: Shape
-
-    @property
-    def megatron_shape(self) -> Shape:
-        return (self.experts, *self.shape)
-
-    @property
-    def huggingface_shapes(self) -> tuple[Shape, ...]:
-        return (self.shape,) * self.experts
-
-    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        return tensor.unbind()
-
-    def join(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(tensors))
+    return Layout(fused, (query, key, key), split, join)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One checkpoint tensor and its exported tensors.
+    """One checkpoint tensor, or one expert's part of it, and its exported tensors.
 
     Attributes:
         megatron: the checkpoint's key.
         huggingface: the exported names, in the order of the layout.
-        layout: shapes and the way between them.
+        layout: shapes and the way between them; without the expert axis.
+        expert: index on the leading expert axis, None for a tensor without one.
+        num_experts: length of the expert axis, None likewise.
         alternative: the key under which Transformer Engine's layers keep the same tensor, if they differ.
     """
 
     megatron: str
     huggingface: tuple[str, ...]
     layout: Layout
+    expert: int | None = None
+    num_experts: int | None = None
     alternative: str | None = None
 
-    def key_in(self, keys: Iterable[str]) -> str:
-        """Whichever of the row's keys stands in ``keys`` (a set or mapping); ``megatron`` if none does."""
+    @property
+    def stored_shape(self) -> Shape:
+        """Shape of the checkpoint's whole tensor, all experts included."""
+        shape = self.layout.megatron_shape
+        return shape if self.num_experts is None else (self.num_experts, *shape)
+
+    def key_in(self, keys: Container[str]) -> str:
+        """Whichever of the row's keys stands in ``keys``; ``megatron`` if none does."""
         if self.alternative is not None and self.megatron not in keys and self.alternative in keys:
             return self.alternative
         return self.megatron
 
-    def to_huggingface(self, tensor: Tensor, *, source: str) -> dict[str, Tensor]:
-        """Read the row from left to right.
-
-        Raises:
-            CheckpointError: the tensor has another shape than the configuration says.
-        """
-        _check_shape(tensor, self.layout.megatron_shape, name=self.megatron, source=source)
+    def to_huggingface(self, tensor: Tensor) -> dict[str, Tensor]:
+        """Read the row from left to right: a tensor of ``layout.megatron_shape`` -> the exported tensors."""
         return dict(zip(self.huggingface, self.layout.split(tensor), strict=True))
 
     def to_megatron(self, tensors: Mapping[str, Tensor], *, source: str) -> Tensor:
-        """Read the row from right to left.
+        """Read the row from right to left: the exported tensors -> a tensor of ``layout.megatron_shape``.
 
         Raises:
             CheckpointError: a tensor is missing or has another shape than the configuration says.
@@ -187,23 +124,24 @@ class Row:
         for name, shape in zip(self.huggingface, self.layout.huggingface_shapes, strict=True):
             if name not in tensors:
                 raise CheckpointError(f"{source}: tensor {name!r} is missing; the folder is incomplete")
-            _check_shape(tensors[name], shape, name=name, source=source)
+            check_shape(tuple(tensors[name].shape), shape, name=name, source=source)
             parts.append(tensors[name])
         return self.layout.join(parts)
 
 
-def _check_shape(tensor: Tensor, shape: Shape, *, name: str, source: str) -> None:
-    if tuple(tensor.shape) != shape:
+def check_shape(found: Shape, expected: Shape, *, name: str, source: str) -> None:
+    """Refuse a tensor of another shape than the configuration says (CheckpointError)."""
+    if found != expected:
         raise CheckpointError(
-            f"{source}: tensor {name!r} has shape {tuple(tensor.shape)}, its configuration says {shape}; "
-            "weights and configuration belong to different models"
+            f"{source}: tensor {name!r} has shape {found}, its configuration says {expected}; weights and "
+            "configuration belong to different models"
         )
 
 
 def mapping_table(config: SymbioticConfig) -> list[Row]:
     """Every tensor of a model, embedding first, in the order in which an export writes them."""
-    matrix = Same((config.vocab_size, config.hidden_size))
-    norm = Same((config.hidden_size,))
+    matrix = same(config.vocab_size, config.hidden_size)
+    norm = same(config.hidden_size)
     rows = [Row("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), matrix)]
     for block in range(config.num_hidden_layers):
         rows += _attention_rows(config, block)
@@ -223,7 +161,7 @@ def _attention_rows(config: SymbioticConfig, block: int) -> list[Row]:
         Row(
             f"{megatron}input_layernorm.weight",
             (f"{target}input_layernorm.weight",),
-            Same((config.hidden_size,)),
+            same(config.hidden_size),
             alternative=f"{attention}linear_qkv.layer_norm_weight",
         ),
         Row(
@@ -240,11 +178,11 @@ def _attention_rows(config: SymbioticConfig, block: int) -> list[Row]:
             Row(
                 f"{attention}{part}_layernorm.weight",
                 (f"{target}self_attn.{part}_norm.weight",),
-                Same((head_dim,)),
+                same(head_dim),
             )
             for part in "qk"
         ]
-    projection = Same((config.hidden_size, heads * head_dim))
+    projection = same(config.hidden_size, heads * head_dim)
     rows.append(Row(f"{attention}linear_proj.weight", (f"{target}self_attn.o_proj.weight",), projection))
     return rows
 
@@ -255,7 +193,7 @@ def _dense_rows(config: SymbioticConfig, block: int) -> list[Row]:
         Row(
             f"{megatron}pre_mlp_layernorm.weight",
             (f"{target}post_attention_layernorm.weight",),
-            Same((config.hidden_size,)),
+            same(config.hidden_size),
             alternative=f"{megatron}mlp.linear_fc1.layer_norm_weight",
         ),
         *_mlp_rows(config, f"{megatron}mlp.", f"{target}mlp.", size=config.intermediate_size),
@@ -268,44 +206,35 @@ def _mlp_rows(config: SymbioticConfig, megatron: str, target: str, *, size: int)
         Row(
             f"{megatron}linear_fc1.weight",
             (f"{target}gate_proj.weight", f"{target}up_proj.weight"),
-            GateUp(size, hidden),
+            gate_up(size, hidden),
         ),
-        Row(f"{megatron}linear_fc2.weight", (f"{target}down_proj.weight",), Same((hidden, size))),
+        Row(f"{megatron}linear_fc2.weight", (f"{target}down_proj.weight",), same(hidden, size)),
     ]
 
 
 def _mixture_rows(config: SymbioticConfig, block: int) -> list[Row]:
     megatron, target = f"decoder.layers.{2 * block + 1}.", f"model.layers.{block}."
-    hidden, experts, size = config.hidden_size, config.num_experts, config.moe_intermediate_size
+    hidden, experts = config.hidden_size, config.num_experts
     rows = [
         Row(
             f"{megatron}pre_mlp_layernorm.weight",
             (f"{target}post_attention_layernorm.weight",),
-            Same((hidden,)),
+            same(hidden),
         )
     ]
     routers = list(config.group_of_router)
     for router in routers:
         # A single router keeps the stock model's key.
         key = "weight" if len(routers) == 1 else f"{router}.weight"
-        weight = Same((len(config.experts_of_router(block, router)), hidden))
+        weight = same(len(config.experts_of_router(block, router)), hidden)
         rows.append(Row(f"{megatron}mlp.router.{key}", (f"{target}mlp.routers.{router}.weight",), weight))
-    names = [f"{target}mlp.experts.{expert}." for expert in range(experts)]
-    rows += [
-        Row(
-            f"{megatron}mlp.experts.experts.linear_fc1.weight",
-            tuple(f"{name}{half}_proj.weight" for name in names for half in ("gate", "up")),
-            GateUp(size, hidden, experts),
-        ),
-        Row(
-            f"{megatron}mlp.experts.experts.linear_fc2.weight",
-            tuple(f"{name}down_proj.weight" for name in names),
-            PerExpert(experts, (hidden, size)),
-        ),
-    ]
+    for expert in range(experts):
+        stored, name = f"{megatron}mlp.experts.experts.", f"{target}mlp.experts.{expert}."
+        part = _mlp_rows(config, stored, name, size=config.moe_intermediate_size)
+        rows += [replace(row, expert=expert, num_experts=experts) for row in part]
     if config.shared_expert_intermediate_size:
         shared, shared_target = f"{megatron}mlp.shared_experts.", f"{target}mlp.shared_expert"
         rows += _mlp_rows(config, shared, f"{shared_target}.", size=config.shared_expert_intermediate_size)
         if config.shared_expert_gate:
-            rows.append(Row(f"{shared}gate_weight", (f"{shared_target}_gate.weight",), Same((1, hidden))))
+            rows.append(Row(f"{shared}gate_weight", (f"{shared_target}_gate.weight",), same(1, hidden)))
     return rows

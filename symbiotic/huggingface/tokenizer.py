@@ -70,7 +70,7 @@ def convert_sentencepiece(path: Path | str) -> tokenizers.Tokenizer:
     if normalizer.precompiled_charsmap:
         steps.insert(0, normalizers.Precompiled(normalizer.precompiled_charsmap))
     if normalizer.remove_extra_whitespaces:
-        edges, runs = tokenizers.Regex("^ +| +$"), tokenizers.Regex(" {2,}")
+        edges, runs = tokenizers.Regex(r"\A +| +\z"), tokenizers.Regex(" {2,}")
         steps[-1:-1] = [normalizers.Replace(edges, ""), normalizers.Replace(runs, " ")]
     if normalizer.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
@@ -179,7 +179,14 @@ def sample_texts(tokenizer: Tokenizer, *, count: int = 300, seed: int = 0) -> It
     yield from ("<unk>", "<s>", "</s>", "<0x0A>", "a<0x41>b", SPACE, f"a{SPACE}b", "<|eod|>text<|bos|>")
     yield from list(topics.values())[:: max(1, len(topics) // 40)]
     generator = random.Random(seed)
-    scripts = [(0x20, 0x7E), (0xA0, 0x24F), (0x370, 0x52F), (0x590, 0x6FF), (0x4E00, 0x4FFF), (0x1F300, 0x1F64F)]
+    scripts = [
+        (0x20, 0x7E),
+        (0xA0, 0x24F),
+        (0x370, 0x52F),
+        (0x590, 0x6FF),
+        (0x4E00, 0x4FFF),
+        (0x1F300, 0x1F64F),
+    ]
     for _ in range(count):
         low, high = generator.choice(scripts)
         characters = [chr(generator.randint(low, high)) for _ in range(generator.randint(1, 40))]

@@ -64,7 +64,9 @@ def model_from_config(
     """
     return build_model(
         config=transformer,
-        plan=MoEPlan(routing_from_config(config), partition, norm=config.balance.norm),
+        plan=MoEPlan(
+            routing_from_config(config), partition, norm=config.balance.norm, shield_mode=config.shield.mode
+        ),
         backend=backend_by_name(backend),
         layer_pattern=pipeline_pattern(config),
         vocabulary=VocabularyParts(vocabulary.text_part, vocabulary.image_part, vocabulary.used_mask()),

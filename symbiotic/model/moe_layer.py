@@ -43,11 +43,13 @@ class MoEPlan:
         routing: token type -> router -> group.
         partition: the group of each logical expert of each MoE block.
         norm: norm of the balance loss.
+        shield_mode: what the shared experts' gradient shield scales, see ``shield``.
     """
 
     routing: RoutingTable
     partition: ExpertPartition
     norm: Literal["megatron", "hunyuan"] = "megatron"
+    shield_mode: Literal["output", "weights"] = "output"
 
     def layer_experts(self, layer_number: int, *, ep_size: int) -> LayerExperts:
         """Groups and slots of one layer."""
@@ -93,7 +95,7 @@ class GroupedMoELayer(MoELayer):
         )
         self.block = block_of_layer(layer_number)
         self.slot_to_expert = experts.slot_to_expert.tolist()
-        self.shield = GradientShield()
+        self.shield = GradientShield(plan.shield_mode)
         # Megatron marks routed experts only when EP > 1 or expert TP differs from TP, and then the *structure* of
         # the optimizer state depends on the layout; marked always, a checkpoint loads in any layout.
         for parameter in self.experts.parameters():
@@ -113,11 +115,10 @@ class GroupedMoELayer(MoELayer):
         """Output of the shared expert [s, b, h], its rows' gradient scaled by their type."""
         if not self.use_shared_expert:
             return None
+        compute = partial(self.shield, self.shared_experts)
         if self.shared_experts_recompute:
-            output = tensor_parallel.checkpoint(self.shared_experts, False, hidden_states)
-        else:
-            output = self.shared_experts(hidden_states)
-        return self.shield(output, token_types)
+            return tensor_parallel.checkpoint(compute, False, hidden_states, token_types)
+        return compute(hidden_states, token_types)
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: Tensor | None = None

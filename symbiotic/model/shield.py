@@ -7,12 +7,17 @@ Mode ``output``: the gradient of the shared expert's *output rows* is scaled, so
 layer's input receive the shielded share through that path; the rows still get their full gradient through the
 residual, attention and the routed experts. (Source: the successor's code, arXiv 2607.00293, which detaches the
 rows.)
+
+Mode ``weights``, the other reading: only the rows' contribution to the *weight* gradient is scaled, their input
+gradient isn't. It runs the module twice (``scaled_weight_gradient``).
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from symbiotic.tokens.types import NUM_TOKEN_TYPES
 
@@ -33,6 +38,24 @@ class ScaleRowGradient(torch.autograd.Function):
         return (gradient * factors.unsqueeze(-1)).to(gradient.dtype), None
 
 
+def scaled_weight_gradient(module: nn.Module, rows: Tensor, factors: Tensor) -> Tensor:
+    """``module(rows)``, bit for bit, where row i's share of the *weight* gradients is multiplied by ``factors[i]``.
+
+    Works for any module that treats its rows one by one, in any layout: one pass carries the input gradient and no
+    weight gradient, a second one the scaled weight gradient and no value. Costs a second forward and backward pass
+    of the module.
+
+    Args:
+        module: row-wise, such as an MLP or a norm.
+        rows: [..., h].
+        factors: [...], float32.
+    """
+    detached = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    through_input = functional_call(module, detached, (rows,))
+    through_weights = ScaleRowGradient.apply(module(rows.detach()), factors)
+    return through_input + (through_weights - through_weights.detach())
+
+
 class GradientShield(nn.Module):
     """The factors of the current step, one per token type.
 
@@ -40,8 +63,9 @@ class GradientShield(nn.Module):
     microbatches (the token types) is always an argument.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, mode: Literal["output", "weights"] = "output") -> None:
         super().__init__()
+        self.mode = mode
         self.register_buffer("factors", torch.ones(NUM_TOKEN_TYPES, dtype=torch.float32), persistent=False)
         self.active = False
 
@@ -52,11 +76,20 @@ class GradientShield(nn.Module):
         self.factors = values.to(self.factors.device)
         self.active = bool((values != 1.0).any())
 
-    def forward(self, rows: Tensor, token_types: Tensor) -> Tensor:
-        """Return ``rows`` [s, b, h] whose gradient will be scaled by the factor of each row's type [s, b]."""
+    def forward(self, module: nn.Module, rows: Tensor, token_types: Tensor) -> Tensor:
+        """``module(rows)`` under the shield.
+
+        Args:
+            module: a row-wise module with one tensor in and one out.
+            rows: [s, b, h].
+            token_types: int8 [s, b], the type of each row.
+        """
         if not self.active:
-            return rows
-        return ScaleRowGradient.apply(rows, self.factors[token_types.long()])
+            return module(rows)
+        factors = self.factors[token_types.long()]
+        if self.mode == "weights":
+            return scaled_weight_gradient(module, rows, factors)
+        return ScaleRowGradient.apply(module(rows), factors)
 
 
 def set_shield_factors(model_chunks: Sequence[nn.Module], factors: Sequence[float]) -> None:

@@ -45,11 +45,10 @@ class RoleRates:
         """Give every role of the model its rate.
 
         Raises:
-            ConfigError: a role has no rate, or a key of ``rates`` or of a stage matches no role of the model.
+            ConfigError: a role has no rate.
         """
-        roles = sorted(roles)
         peak = {}
-        for role in roles:
+        for role in sorted(roles):
             rate = match_role(role, rates)
             if rate is None:
                 raise ConfigError(
@@ -57,10 +56,6 @@ class RoleRates:
                     "(0.0 freezes it)"
                 )
             peak[role] = float(rate)
-        _check_keys(rates, roles, place="rates")
-        for stage in stages.stages:
-            _check_keys(stage.rate_factors, roles, place=f"stages.{stage.name}.rate_factors")
-            _check_keys(stage.frozen, roles, place=f"stages.{stage.name}.frozen")
         return cls(peak, schedule, stages)
 
     def at(self, step: int) -> dict[str, float]:
@@ -82,12 +77,6 @@ class RoleRates:
         """
         stage = self.stages.at(step)
         return frozenset(role for role in self.peak if self.in_stage(role, stage) == 0.0)
-
-
-def _check_keys(keys: Iterable[str], roles: list[str], *, place: str) -> None:
-    for key in keys:
-        if not any(key == role or fnmatchcase(role, key) for role in roles):
-            raise ConfigError(f"{place}: {key!r} matches no role of this model; its roles are {', '.join(roles)}")
 
 
 def rate_table(rates: RoleRates, counts: Mapping[str, int]) -> str:

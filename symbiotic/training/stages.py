@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from symbiotic.errors import ConfigError
-from symbiotic.tokens.types import NUM_TOKEN_TYPES, LossClass, TokenType, type_by_name
+from symbiotic.tokens.types import NUM_TOKEN_TYPES, LossClass, type_by_name
 
 if TYPE_CHECKING:
     from symbiotic.config import Config
@@ -40,14 +39,10 @@ class Stage:
     start: int
     end: int
     shield: tuple[float, ...] = (1.0,) * NUM_TOKEN_TYPES
-    rate_factors: Mapping[str, float] = None
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
     loss_weights: tuple[float, ...] = (1.0,) * len(LossClass)
-    mixture: Mapping[str, float] = None
+    mixture: Mapping[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in ("rate_factors", "mixture"):
-            object.__setattr__(self, name, dict(getattr(self, name) or {}))
 
 
 class StageTable:
@@ -61,11 +56,7 @@ class StageTable:
 
     @classmethod
     def from_config(cls, config: Config) -> StageTable:
-        """The table of a resolved configuration.
-
-        Raises:
-            ConfigError: a stage names an unknown token type or loss class.
-        """
+        """The table of a resolved configuration."""
         if not config.stages:
             return cls([Stage(name=WHOLE_RUN, start=0, end=config.training.steps)])
         stages, start = [], 0
@@ -78,22 +69,15 @@ class StageTable:
         """The stage of a global step, counted from 0; steps past the end belong to the last stage."""
         return self.stages[bisect_right(self._starts, step) - 1]
 
-    def starts_at(self, step: int) -> bool:
-        """Whether ``step`` is the first one of a stage."""
-        return step in self._starts
-
-    @property
-    def steps(self) -> int:
-        """Number of steps of all stages."""
-        return self.stages[-1].end
-
     def to_list(self) -> list[dict[str, Any]]:
-        """Plain values, as they stand in checkpoints: two runs have equal stages if and only if these are equal."""
+        """Plain values, as they stand in checkpoints: two runs have equal stages if and only if these are equal.
+
+        The end of the last stage is left out: a longer run trains the same steps first.
+        """
         return [
             {
                 "name": stage.name,
                 "start": stage.start,
-                "end": stage.end,
                 "shield": list(stage.shield),
                 "rate_factors": dict(stage.rate_factors),
                 "loss_weights": list(stage.loss_weights),
@@ -117,31 +101,17 @@ def first_difference(saved: Sequence[Mapping[str, Any]], current: Sequence[Mappi
 
 
 def _stage(item: StageConfig, start: int) -> Stage:
+    """A stage from its configuration, whose names are checked already."""
     shield = [1.0] * NUM_TOKEN_TYPES
     for name, factor in item.shield.items():
-        shield[_lookup(name, type_by_name, TokenType, f"stages.{item.name}.shield")] = float(factor)
-    weights = [1.0] * len(LossClass)
-    for name, weight in item.loss_weights.items():
-        weights[_lookup(name, _class_by_name, LossClass, f"stages.{item.name}.loss_weights")] = float(weight)
+        shield[type_by_name(name)] = float(factor)
     return Stage(
         name=item.name,
         start=start,
         end=start + item.steps,
         shield=tuple(shield),
         rate_factors=item.rate_factors,
-        loss_weights=tuple(weights),
+        loss_weights=tuple(float(item.loss_weights.get(member.name.lower(), 1.0)) for member in LossClass),
         mixture=item.mixture,
         frozen=tuple(item.frozen),
     )
-
-
-def _class_by_name(name: str) -> LossClass:
-    return {member.name.lower(): member for member in LossClass}[name]
-
-
-def _lookup(name: str, find: Any, members: Any, place: str) -> int:
-    try:
-        return int(find(name))
-    except KeyError:
-        known = ", ".join(member.name.lower() for member in members)
-        raise ConfigError(f"{place}: {name!r} is unknown; use one of {known}") from None

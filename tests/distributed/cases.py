@@ -45,7 +45,7 @@ def train(
     store = CheckpointStore(folder)
     if load is not None:
         state = store.load(stock.sharded_state(model, optimizer, is_loading=True), load)
-        model.load_state_dict(state["model"])
+        model.module.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         assert state["common"] == {"step": load}
     history = [stock.train_step(model, optimizer, step=step) for step in range(load or 0, steps)]

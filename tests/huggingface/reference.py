@@ -119,7 +119,12 @@ def attention(config: SymbioticConfig, weights: dict[str, Tensor], prefix: str, 
 
 
 def mixture(
-    config: SymbioticConfig, weights: dict[str, Tensor], prefix: str, block: int, vector: Tensor, token_type: int
+    config: SymbioticConfig,
+    weights: dict[str, Tensor],
+    prefix: str,
+    block: int,
+    vector: Tensor,
+    token_type: int,
 ) -> Tensor:
     """Routed experts of the token's group plus the shared expert."""
     router = config.router_of_token_type[token_type]

@@ -102,9 +102,7 @@ def test_free_running_sampling_is_always_well_formed(model: SymbioticForCausalLM
     """Begin tokens made likely, so that many images are begun, at any place."""
     bias = [[[64], 4.0]]
     torch.manual_seed(1)
-    drawn = generate(
-        model, torch.tensor([[3, 5]] * 16), max_new_tokens=60, do_sample=True, top_k=0, sequence_bias=bias
-    )
+    drawn = generate(model, torch.tensor([[3, 5]] * 16), max_new_tokens=60, do_sample=True, top_k=0, sequence_bias=bias)
     images = 0
     for row in drawn.tolist():
         rest = spell(row)

@@ -49,9 +49,10 @@ def random_weights(config: SymbioticConfig, *, seed: int = 0) -> dict[str, Tenso
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for row in mapping_table(config):
-        shape = row.layout.megatron_shape
-        scale = 1.0 if len(shape) == 1 or "embedding" in row.megatron else 1.5 / shape[-1] ** 0.5
-        weights[row.megatron] = torch.randn(shape, generator=generator) * scale
+        if row.megatron not in weights:
+            shape = row.stored_shape
+            scale = 1.0 if len(shape) == 1 or "embedding" in row.megatron else 1.5 / shape[-1] ** 0.5
+            weights[row.megatron] = torch.randn(shape, generator=generator) * scale
     return weights
 
 
@@ -59,7 +60,8 @@ def build(config: SymbioticConfig, weights: dict[str, Tensor]) -> SymbioticForCa
     """A model in memory with these weights, every key accounted for."""
     state = {}
     for row in mapping_table(config):
-        state |= row.to_huggingface(weights[row.megatron], source="test")
+        tensor = weights[row.megatron]
+        state |= row.to_huggingface(tensor if row.expert is None else tensor[row.expert])
     model = SymbioticForCausalLM(config).eval()
     keys = set(model.state_dict()) - ({"lm_head.weight"} if config.tie_word_embeddings else set())
     assert keys == set(state), "names on disk must be the model's own state dict"

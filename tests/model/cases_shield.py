@@ -17,19 +17,19 @@ def factors(value: float) -> list[float]:
     return table
 
 
-def _layer(*, selective: bool):
+def _layer(*, selective: bool, mode: str):
     overrides = {"recompute_granularity": "selective", "recompute_modules": ["shared_experts"]} if selective else {}
-    model = tiny_model(config=tiny_config(**overrides), plan=tiny_plan())
+    model = tiny_model(config=tiny_config(**overrides), plan=tiny_plan(shield_mode=mode))
     model.train()
     return model, moe_layers(model)[0]
 
 
-def row_gradients(*, value: float, generation_only: bool, selective: bool = False) -> dict:
+def row_gradients(*, value: float, generation_only: bool, selective: bool = False, mode: str = "output") -> dict:
     """Gradients that one batch of rows sends into a shared expert under a factor, and the unshielded ones in float64.
 
     The upstream gradient is non-zero on the generation rows only (``generation_only``) or on the others only.
     """
-    model, layer = _layer(selective=selective)
+    model, layer = _layer(selective=selective, mode=mode)
     set_shield_factors([model], factors(value))
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(10, 2, 32, generator=generator).requires_grad_()
@@ -53,11 +53,11 @@ def row_gradients(*, value: float, generation_only: bool, selective: bool = Fals
     }
 
 
-def forward_is_untouched() -> bool:
+def forward_is_untouched(*, mode: str) -> bool:
     """Whether the model's loss is bit-equal with and without a shield."""
     from tests.model.tiny import tiny_batch
 
-    model = tiny_model(config=tiny_config(), plan=tiny_plan())
+    model = tiny_model(config=tiny_config(), plan=tiny_plan(shield_mode=mode))
     losses = []
     for value in (1.0, 0.0):
         set_shield_factors([model], factors(value))

@@ -19,5 +19,5 @@ class Mutation:
     """Node id of the test that passes before and fails after."""
     why: str
     """What would go wrong in silence if no test saw it."""
-    fails_with: tuple[str, ...] = ("AssertionError", "DID NOT RAISE")
-    """The failure's text holds one of these, so that a crash on the way isn't taken for a catch."""
+    fails_with: tuple[str, ...] = ("assert ", "AssertionError", "Failed: DID NOT RAISE")
+    """The failure's message begins with one of these, so that a crash on the way isn't taken for a catch."""

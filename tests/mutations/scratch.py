@@ -21,7 +21,8 @@ class Outcome:
     """How one test ended: ``passed``, ``failed`` (in the test itself), ``error`` (before or after it), ``skipped``."""
 
     kind: str
-    text: str
+    message: str = ""
+    text: str = ""
 
 
 def copy_repository(folder: Path) -> None:
@@ -95,5 +96,5 @@ def _outcome(cases: list[ElementTree.Element], output: str) -> Outcome:
     for case in cases:
         for child in case:
             if child.tag in kinds:
-                return Outcome(kinds[child.tag], f"{child.get('message', '')}\n{child.text or ''}")
-    return Outcome("passed", "") if cases else Outcome("error", output)
+                return Outcome(kinds[child.tag], child.get("message", ""), child.text or "")
+    return Outcome("passed") if cases else Outcome("error", "pytest reported no such test", output)

@@ -192,6 +192,7 @@ def sharded_state(model: Any, optimizer: Any, *, is_loading: bool) -> dict[str, 
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
     }
-    weights = model.sharded_state_dict(metadata=metadata)
+    # Without DistributedDataParallel around it, which would put "module." before every key.
+    weights = model.module.sharded_state_dict(metadata=metadata)
     moments = optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=metadata)
     return {"model": weights, "optimizer": moments}

@@ -34,8 +34,8 @@ def check_vocabulary(config: Config) -> None:
         if rows % tensor:
             raise config.origin.error(
                 "TransformerConfig.tensor_model_parallel_size",
-                f"= {tensor} doesn't divide the {rows} rows of the {part} part of {config.model.vocabulary}; change it or "
-                "build the vocabulary with another multiple",
+                f"= {tensor} doesn't divide the {rows} rows of the {part} part of {config.model.vocabulary}; "
+                "change it or build the vocabulary with another multiple",
             )
 
 

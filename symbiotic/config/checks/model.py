@@ -79,8 +79,8 @@ def check_rotary(config: Config) -> None:
     if rotated < 2 or rotated % 2:
         raise config.origin.error(
             "model.rotary_percent",
-            f"= {config.model.rotary_percent} rotates {rotated} of a head's {head_size(config)} channels, which must be an "
-            "even number; change it or TransformerConfig.kv_channels",
+            f"= {config.model.rotary_percent} rotates {rotated} of a head's {head_size(config)} channels, which must "
+            "be an even number; change it or TransformerConfig.kv_channels",
         )
 
 
@@ -130,8 +130,8 @@ def check_group_sizes(config: Config) -> None:
         if group.experts < top_k:
             raise config.origin.error(
                 ("groups", name, "experts"),
-                f"= {group.experts} is smaller than TransformerConfig.moe_router_topk = {top_k}: a token chooses {top_k} "
-                "experts of its own group; give the group more experts or lower moe_router_topk",
+                f"= {group.experts} is smaller than TransformerConfig.moe_router_topk = {top_k}: a token chooses "
+                f"{top_k} experts of its own group; give the group more experts or lower moe_router_topk",
             )
 
 

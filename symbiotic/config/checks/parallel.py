@@ -59,7 +59,8 @@ def check_tensor_parallel_divides(config: Config) -> None:
     if groups is not None and groups % tensor and tensor % groups:
         raise config.origin.error(
             (TRANSFORMER, "num_query_groups"),
-            f"= {groups} is neither a multiple nor a divisor of tensor_model_parallel_size = {tensor}; change one of them",
+            f"= {groups} is neither a multiple nor a divisor of tensor_model_parallel_size = {tensor}; "
+            "change one of them",
         )
     size = value_of(config, "moe_ffn_hidden_size")
     if size is not None and size % layout.expert_tensor:
@@ -108,7 +109,8 @@ def check_context_parallel(config: Config) -> None:
     if size > 1 and config.model.sequence_length % (2 * size):
         raise config.origin.error(
             "model.sequence_length",
-            f"= {config.model.sequence_length} is not a multiple of {2 * size}, twice context_parallel_size; change one of them",
+            f"= {config.model.sequence_length} is not a multiple of {2 * size}, twice context_parallel_size; "
+            "change one of them",
         )
     if size > 1 and config.model.backend == "torch":
         raise config.origin.error(

@@ -123,8 +123,8 @@ def check_schedule(config: Config) -> None:
     if schedule.decay != "constant" and schedule.warmup_steps >= (schedule.decay_steps or steps):
         raise config.origin.error(
             "schedule.decay_steps",
-            f"= {schedule.decay_steps or steps} is not after schedule.warmup_steps = {schedule.warmup_steps}; raise it or "
-            "lower the warm-up",
+            f"= {schedule.decay_steps or steps} is not after schedule.warmup_steps = {schedule.warmup_steps}; "
+            "raise it or lower the warm-up",
         )
 
 

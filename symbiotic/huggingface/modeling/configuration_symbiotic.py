@@ -90,9 +90,7 @@ class SymbioticConfig(PreTrainedConfig):
         if self.expert_groups is None:
             experts = list(range(self.num_experts))
             self.expert_groups = {
-                "all": [
-                    [] if layer in self.dense_layers else experts for layer in range(self.num_hidden_layers)
-                ]
+                "all": [[] if layer in self.dense_layers else experts for layer in range(self.num_hidden_layers)]
             }
         super().__post_init__(**kwargs)
         self._check_routing()
@@ -100,9 +98,7 @@ class SymbioticConfig(PreTrainedConfig):
     def _check_routing(self) -> None:
         """Refuse tables that don't fit together (ValueError naming the entry)."""
         if self.router_score_function not in SCORE_FUNCTIONS:
-            raise ValueError(
-                f"router_score_function={self.router_score_function!r} is not one of {SCORE_FUNCTIONS}"
-            )
+            raise ValueError(f"router_score_function={self.router_score_function!r} is not one of {SCORE_FUNCTIONS}")
         if self.router_dtype not in ROUTER_DTYPES:
             raise ValueError(f"router_dtype={self.router_dtype!r} is not one of {ROUTER_DTYPES}")
         if len(self.router_of_token_type) != NUM_TOKEN_TYPES:
@@ -124,9 +120,7 @@ class SymbioticConfig(PreTrainedConfig):
             members = sorted(expert for layers in self.expert_groups.values() for expert in layers[layer])
             expected = [] if layer in self.dense_layers else list(range(self.num_experts))
             if members != expected:
-                raise ValueError(
-                    f"expert_groups of layer {layer} don't hold each expert exactly once"
-                )
+                raise ValueError(f"expert_groups of layer {layer} don't hold each expert exactly once")
 
     def experts_of_router(self, layer: int, router: str) -> list[int]:
         """Ids of the experts that ``router`` chooses from in block ``layer``, in the order of its rows."""

@@ -48,9 +48,7 @@ class SymbioticRotaryEmbedding(nn.Module):
     def __init__(self, config: SymbioticConfig) -> None:
         super().__init__()
         if config.rope_parameters.get("rope_type", "default") != "default":
-            raise ValueError(
-                f"rope_type={config.rope_parameters['rope_type']!r} is not supported, use 'default'"
-            )
+            raise ValueError(f"rope_type={config.rope_parameters['rope_type']!r} is not supported, use 'default'")
         self.base = config.rope_parameters["rope_theta"]
         self.dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
         self.register_buffer("inv_freq", self.frequencies(), persistent=False)
@@ -249,9 +247,7 @@ class SymbioticExperts(nn.ModuleList):
     """Routed experts, one MLP each, so that the state dict has one key an expert."""
 
     def __init__(self, config: SymbioticConfig) -> None:
-        super().__init__(
-            SymbioticMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts)
-        )
+        super().__init__(SymbioticMLP(config, config.moe_intermediate_size) for _ in range(config.num_experts))
 
     def forward(self, rows: Tensor, experts_NK: Tensor, weights_NK: Tensor) -> Tensor:
         """Weighted sum of each row's experts: [N, h]. Rows are sorted by expert, so each expert runs once."""
@@ -304,9 +300,7 @@ class SymbioticDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = SymbioticRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.is_dense = layer_idx in config.dense_layers
         dense = self.is_dense
-        self.mlp = (
-            SymbioticMLP(config, config.intermediate_size) if dense else SymbioticMoE(config, layer_idx)
-        )
+        self.mlp = SymbioticMLP(config, config.intermediate_size) if dense else SymbioticMoE(config, layer_idx)
 
     def forward(self, hidden: Tensor, router_ids: Tensor, **kwargs) -> Tensor:
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), **kwargs)[0]
@@ -343,16 +337,12 @@ class SymbioticModel(SymbioticPreTrainedModel):
     def __init__(self, config: SymbioticConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
-            SymbioticDecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(SymbioticDecoderLayer(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = SymbioticRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = SymbioticRotaryEmbedding(config)
         self.gradient_checkpointing = False
         self.images = ImageVocabulary(config.image_vocabulary) if config.image_vocabulary else None
-        self.register_buffer(
-            "router_of_type", torch.empty(len(config.router_of_token_type), dtype=torch.long), False
-        )
+        self.register_buffer("router_of_type", torch.empty(len(config.router_of_token_type), dtype=torch.long), False)
         self.reset_tables()
         self.post_init()
 
@@ -375,9 +365,7 @@ class SymbioticModel(SymbioticPreTrainedModel):
             token_type_ids = torch.full(like.shape[:2], text, dtype=torch.long, device=like.device)
         if self.images is not None and input_ids is not None:
             types = self.config.token_types
-            typed = (token_type_ids == types["understanding_code"]) | (
-                token_type_ids == types["generation_code"]
-            )
+            typed = (token_type_ids == types["understanding_code"]) | (token_type_ids == types["generation_code"])
             untyped = (self.images.is_code(input_ids) & ~typed).any()
             message = (
                 "input_ids hold image codes whose token_type_ids are missing or of another type: pass the "
@@ -458,9 +446,7 @@ class SymbioticForCausalLM(SymbioticPreTrainedModel, GenerationMixin):
         self.model = SymbioticModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.register_buffer(
-            "unused_tokens", torch.zeros(config.vocab_size, dtype=torch.bool), persistent=False
-        )
+        self.register_buffer("unused_tokens", torch.zeros(config.vocab_size, dtype=torch.bool), persistent=False)
         self.reset_tables()
         self.post_init()
 
@@ -504,9 +490,7 @@ class SymbioticForCausalLM(SymbioticPreTrainedModel, GenerationMixin):
             **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, keep]).masked_fill(
-            self.unused_tokens, float("-inf")
-        )
+        logits = self.lm_head(outputs.last_hidden_state[:, keep]).masked_fill(self.unused_tokens, float("-inf"))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.vocab_size, **kwargs)
@@ -540,13 +524,9 @@ class SymbioticForCausalLM(SymbioticPreTrainedModel, GenerationMixin):
         derived = torch.full_like(input_ids, types["text"])
         derived[code & (control == images.begin_understanding)] = types["understanding_code"]
         derived[code & (control == images.begin_generation)] = types["generation_code"]
-        return (
-            derived if not known else torch.cat((token_type_ids.to(derived.dtype), derived[:, known:]), dim=1)
-        )
+        return derived if not known else torch.cat((token_type_ids.to(derived.dtype), derived[:, known:]), dim=1)
 
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, token_type_ids: Tensor | None = None, **kwargs
-    ) -> dict:
+    def prepare_inputs_for_generation(self, input_ids: Tensor, token_type_ids: Tensor | None = None, **kwargs) -> dict:
         """As in transformers, with the types of the tokens drawn so far."""
         token_type_ids = self.complete_token_types(input_ids, token_type_ids)
         return super().prepare_inputs_for_generation(input_ids, token_type_ids=token_type_ids, **kwargs)

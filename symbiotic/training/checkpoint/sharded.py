@@ -140,8 +140,9 @@ def _check_sharding(sharded: dict[str, Any], common_state: dict[str, Any] | None
 
 def _check_same_model(global_shards: list[list[Any]], metadata: Metadata, folder: Path) -> None:
     """Refuse a checkpoint whose tensors are not the ones that the ranks ask for."""
+    # Vocabulary tensors too, whose shapes Megatron lets differ: ours are padded independently of the layout.
     wanted = {shard.key: tuple(shard.global_shape) for shards in global_shards for shard in shards
-              if isinstance(shard, ShardedTensor) and not shard.allow_shape_mismatch}  # fmt: skip
+              if isinstance(shard, ShardedTensor)}  # fmt: skip
     stored = {key: tuple(entry.size) for key, entry in metadata.state_dict_metadata.items()
               if isinstance(entry, TensorStorageMetadata)}  # fmt: skip
     with_optimizer = any(key.startswith(OPTIMIZER_PREFIX) for key in wanted)

@@ -1,0 +1,202 @@
+"""Samples from documents: windows planned epoch by epoch, read from the shards on demand."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from symbiotic.data.packing import Pieces, WindowPlan, best_fit, concatenate, cut_documents
+from symbiotic.data.segments import is_image
+from symbiotic.data.shards import Shard
+from symbiotic.data.unfold import Sample, ShardSet, WindowReader, unfolded_lengths
+from symbiotic.errors import DataError
+from symbiotic.tokens.vocabulary import VocabularyLayout
+
+Packing = Literal["best_fit", "concatenate"]
+
+_PLANS_KEPT = 2
+"""Epochs whose plans stay in memory: a global batch may reach over the end of one."""
+
+_CHUNK_DOCUMENTS = 1 << 18
+_MAX_DOCUMENT_TOKENS = np.iinfo(np.int32).max
+
+
+class DocumentDataset:
+    """The windows of one corpus, epoch after epoch without end.
+
+    Sample ``i`` is a function of (shards, sequence length, packing, seed, i) alone. Every epoch holds every
+    document once, in another order; see ``packing.py`` for the policies and ``unfold.py`` for the sample.
+
+    Attributes:
+        name: of the corpus, in the configuration and in logs.
+        sequence_length: tokens of a sample.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        *,
+        name: str,
+        sequence_length: int,
+        vocabulary: VocabularyLayout,
+        packing: Packing = "best_fit",
+        seed: int = 0,
+    ) -> None:
+        if len({shard.format for shard in shards}) != 1:
+            raise DataError(f"data source {name!r} needs at least one shard, and shards of one format only")
+        self.name = name
+        self.sequence_length = sequence_length
+        self._packing = packing
+        self._seed = seed
+        self._shards = ShardSet(shards, vocabulary=vocabulary)
+        self._reader = WindowReader(self._shards, vocabulary=vocabulary, sequence_length=sequence_length)
+        self._lengths, self._images = self._scan()
+        self._pieces = None if packing == "concatenate" else self._cut()
+        self._plans: OrderedDict[int, WindowPlan] = OrderedDict()
+        self._epoch_starts = [0]
+        if not len(self.plan(0)):
+            raise DataError(f"data source {name!r} holds no document of two tokens or more; check its prefix")
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of all shards."""
+        return self._shards.num_documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one epoch, control tokens included, padding not."""
+        return int(self._lengths.sum(dtype=np.int64))
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """What the samples depend on, as plain values; equal identities give equal samples."""
+        return {
+            "shards": [shard.digest for shard in self._shards.shards],
+            "sequence_length": self.sequence_length,
+            "packing": self._packing,
+            "seed": self._seed,
+        }
+
+    def sample(self, index: int) -> Sample:
+        """Window ``index``, counted through all epochs; see :meth:`WindowReader.read` for the arrays."""
+        epoch, position = self.locate(index)
+        return self._reader.read(self.plan(epoch).window(position))
+
+    def padding_sample(self) -> Sample:
+        """A sample without a token, to fill up a batch."""
+        return self._reader.read(self.plan(0).pieces.take(slice(0, 0)))
+
+    def plan(self, epoch: int) -> WindowPlan:
+        """The windows of an epoch, built when first asked for."""
+        if epoch not in self._plans:
+            self._plans[epoch] = self._build_plan(epoch)
+            while len(self._plans) > _PLANS_KEPT:
+                self._plans.popitem(last=False)
+        return self._plans[epoch]
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Epoch of a window and its position in the epoch.
+
+        The number of windows of an epoch depends on the order of the documents only where the stream is cut
+        around images; only then the plans of the epochs before must be built once.
+        """
+        if self._packing == "best_fit" or not len(self._images):
+            return divmod(index, len(self.plan(0)))
+        while index >= self._epoch_starts[-1]:
+            epoch = len(self._epoch_starts) - 1
+            self._epoch_starts.append(self._epoch_starts[-1] + len(self.plan(epoch)))
+        epoch = int(np.searchsorted(self._epoch_starts, index, side="right")) - 1
+        return epoch, index - self._epoch_starts[epoch]
+
+    def _build_plan(self, epoch: int) -> WindowPlan:
+        key = f"{self._seed}/{self.name}/{epoch}"
+        if self._pieces is not None:
+            return best_fit(self._pieces, capacity=self.sequence_length, key=key)
+        return concatenate(self._lengths, capacity=self.sequence_length, key=key, images=self._images)
+
+    def _cut(self) -> Pieces:
+        return cut_documents(self._lengths, capacity=self.sequence_length, segments_of=self._segments_of)
+
+    def _segments_of(self, document: int) -> tuple[np.ndarray, np.ndarray]:
+        """End of each segment of a document in its stream, and which are images."""
+        shards, numbers = self._shards.locate(np.array([document]))
+        shard, number = self._shards.shards[int(shards[0])], int(numbers[0])
+        lengths, types = self._segment_lengths(shard, number, number + 1)
+        ends = np.cumsum(lengths)
+        ends[-1] += int(self._shards.adds_eod)
+        return ends, is_image(types)
+
+    def _segment_lengths(self, shard: Shard, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens in the stream, int64, and type of the segments of documents ``first`` to ``last - 1``."""
+        segments = slice(int(shard.first_segments[first]), int(shard.first_segments[last]))
+        types = shard.types[segments]
+        rows = np.zeros(len(types), dtype=np.int64)
+        images = is_image(types)
+        if images.any():
+            rows[images] = self._shards.image_sizes(shard, shard.starts(segments)[images])[0]
+        return unfolded_lengths(shard.lengths[segments], types, rows), types
+
+    def _scan(self) -> tuple[np.ndarray, Pieces]:
+        """Tokens of each document in the stream, int32 [documents], and the images (none for best fit).
+
+        Raises:
+            DataError: an image is longer than a window, or a document longer than a piece can say.
+        """
+        lengths, images = [], [Pieces.empty()]
+        for shard, before in zip(self._shards.shards, self._shards.first_documents.tolist(), strict=False):
+            for first in range(0, shard.num_documents, _CHUNK_DOCUMENTS):
+                last = min(first + _CHUNK_DOCUMENTS, shard.num_documents)
+                found = self._scan_documents(shard, first, last, before)
+                lengths.append(found[0])
+                if self._packing == "concatenate":
+                    images.append(found[1])
+        return np.concatenate(lengths), Pieces.join(images)
+
+    def _scan_documents(self, shard: Shard, first: int, last: int, before: int) -> tuple[np.ndarray, Pieces]:
+        """Lengths of some documents of a shard and their images; ``before`` documents come before the shard."""
+        segment_lengths, types = self._segment_lengths(shard, first, last)
+        ends = np.concatenate([[0], np.cumsum(segment_lengths)])
+        boundaries = shard.first_segments[first : last + 1] - shard.first_segments[first]
+        lengths = np.diff(ends[boundaries]) + int(self._shards.adds_eod)
+        for document in np.flatnonzero(lengths > _MAX_DOCUMENT_TOKENS):
+            name = self._shards.describe(before + first + int(document))
+            raise DataError(f"{name} has {lengths[document]} tokens, more than {_MAX_DOCUMENT_TOKENS}; split it")
+        images = np.flatnonzero(is_image(types))
+        documents = np.searchsorted(boundaries, images, side="right") - 1
+        for image in np.flatnonzero(segment_lengths[images] > self.sequence_length):
+            name = self._shards.describe(before + first + int(documents[image]))
+            raise DataError(
+                f"{name} holds an image of {segment_lengths[images[image]]} tokens with its control tokens, longer than "
+                f"model.sequence_length {self.sequence_length}; raise it or tokenize the images at a lower resolution"
+            )
+        found = Pieces(
+            documents=(before + first + documents).astype(np.int32),
+            starts=(ends[images] - ends[boundaries[documents]]).astype(np.int32),
+            lengths=segment_lengths[images].astype(np.int32),
+        )
+        return lengths.astype(np.int32), found
+
+
+class SinglePass:
+    """The first epoch of a corpus, and padding behind it: for a validation corpus.
+
+    The order is mixed but never depends on a run's seed, so that the first windows are a fair sample of the
+    corpus and the same ones in every run. Indices past the end give padding, so that every data-parallel rank
+    reads as many microbatches.
+    """
+
+    def __init__(self, dataset: DocumentDataset) -> None:
+        self._dataset = dataset
+        self.name = dataset.name
+        self.sequence_length = dataset.sequence_length
+
+    def __len__(self) -> int:
+        return len(self._dataset.plan(0))
+
+    def sample(self, index: int) -> Sample:
+        """Window ``index``; ``sample_id`` and ``window_id`` are -1 past the end."""
+        inside = index < len(self)
+        sample = self._dataset.sample(index) if inside else self._dataset.padding_sample()
+        number = np.int64(index if inside else -1)
+        return {**sample, "sample_id": number, "source_id": np.int64(0), "window_id": number}

@@ -1,0 +1,221 @@
+"""What a training run puts into its checkpoints and takes out of them.
+
+A training checkpoint holds model, optimizer (Megatron's ``fully_reshardable`` format), each rank's random state,
+and as common state the counters, the callbacks' state and the run's *identity*: stages, rates, data order and
+layout. A resume compares the identity and goes on bit for bit; ``load`` takes the weights only, for step 0 of a
+new run with a fresh optimizer.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from symbiotic.distributed.agreement import on_rank_zero
+from symbiotic.errors import CheckpointError
+from symbiotic.model.partition import ExpertPartition
+from symbiotic.training.checkpoint.storage import CheckpointStore, load_checkpoint
+from symbiotic.training.checkpoint.weights import open_weights
+from symbiotic.training.evaluation import parameters_gathered
+from symbiotic.training.stages import first_difference
+from symbiotic.training.state import TrainState, rng_state, set_rng_state
+
+log = logging.getLogger(__name__)
+
+OPTIMIZER_FORMAT = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+"""Settings under which megatron-core writes an optimizer state that any parallel layout can load."""
+
+
+class CheckpointManager:
+    """Saves and restores one run.
+
+    Args:
+        store: the run's checkpoints.
+        chunks: this rank's wrapped model chunks.
+        optimizer: its optimizer.
+        partition: the groups of the experts.
+        config: the resolved configuration as a plain tree.
+        identity: what a resumed run must have in common with the saved one, as plain values: ``stages`` (a list)
+            and named tables, see ``symbiotic.training.setup.run_identity``.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        *,
+        chunks: Sequence[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        partition: ExpertPartition,
+        config: Mapping[str, Any],
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.store = store
+        self._chunks = list(chunks)
+        self._optimizer = optimizer
+        self._partition = partition
+        self._config = config
+        self._identity = identity
+
+    def save(self, state: TrainState, *, callbacks: Mapping[str, Any]) -> Path:
+        """Write the checkpoint after ``state.step``. Collective.
+
+        Args:
+            state: the run's counters.
+            callbacks: the callbacks' own state, as plain values.
+        """
+        with parameters_gathered(self._chunks):
+            model = self._model_state()
+            return self.store.save(
+                state.step,
+                {**model, "optimizer": self._optimizer_state(model, is_loading=False), "rng": _sharded_rng_state()},
+                common={
+                    "state": state.to_dict(),
+                    "callbacks": dict(callbacks),
+                    "identity": dict(self._identity),
+                    "layout": layout(),
+                },
+                partition=self._partition.to_dict(),
+                config=self._config,
+            )
+
+    def resume(self, step: int) -> tuple[TrainState, dict[str, Any]]:
+        """Restore the checkpoint after ``step``. Collective.
+
+        Returns:
+            the counters and the callbacks' state.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model, optimizer, partition, stage table or data order.
+        """
+        folder = self.store.path(step)
+        saved = on_rank_zero(lambda: open_weights(folder).common())
+        on_rank_zero(lambda: self._check_identity(folder, saved))
+        same_layout = saved["layout"] == layout()
+        model = self._model_state()
+        request = {**model, "optimizer": self._optimizer_state(model, is_loading=True)}
+        if same_layout:
+            request["rng"] = _sharded_rng_state()
+        loaded = self.store.load(request, step)
+        self._set_model_state(loaded)
+        self._set_optimizer_state(loaded["optimizer"], folder)
+        if same_layout:
+            set_rng_state(loaded["rng"])
+        else:
+            log.warning(
+                "%s was saved in another parallel layout (%s, now %s): dropout and jitter go on from other random "
+                "numbers than in the run that never stopped", folder, saved["layout"], layout()
+            )  # fmt: skip
+        return TrainState.from_dict(saved["state"]), dict(saved["callbacks"])
+
+    def load_weights(self, folder: Path) -> None:
+        """Take the model's weights from a checkpoint of a run or from one of weights only. Collective.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model.
+        """
+        loaded = load_checkpoint(folder, self._model_state(), verify=self.store.verify)
+        self._set_model_state(loaded)
+        # The optimizer's float32 masters are copies of the weights that were just replaced.
+        self._optimizer.reload_model_params()
+
+    def _check_identity(self, folder: Path, saved: Mapping[str, Any]) -> None:
+        before = saved["identity"]
+        difference = first_difference(before["stages"], self._identity["stages"])
+        if difference:
+            raise CheckpointError(
+                f"{folder} was trained with another stage table ({difference}); resume with the stages it was trained "
+                "with, or start a new run with checkpoint.load"
+            )
+        for name, now in self._identity.items():
+            if name == "stages" or before.get(name) == now:
+                continue
+            keys = [key for key in now if before.get(name, {}).get(key) != now[key]]
+            keys += [key for key in before.get(name, {}) if key not in now]
+            key = keys[0]
+            raise CheckpointError(
+                f"{folder} was trained with {name}.{key} = {before.get(name, {}).get(key)!r}, this run has "
+                f"{now.get(key)!r}; resume with the old value, or start a new run with checkpoint.load"
+            )
+
+    def _model_state(self) -> dict[str, Any]:
+        metadata = _metadata()
+        states = [chunk.module.sharded_state_dict(metadata=metadata) for chunk in self._chunks]
+        return {_chunk_key(index, len(states)): state for index, state in enumerate(states)}
+
+    def _optimizer_state(self, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
+        return self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
+
+    def _set_model_state(self, loaded: Mapping[str, Any]) -> None:
+        for index, chunk in enumerate(self._chunks):
+            chunk.load_state_dict(loaded[_chunk_key(index, len(self._chunks))], strict=True)
+
+    def _set_optimizer_state(self, loaded: Any, folder: Path) -> None:
+        try:
+            self._optimizer.load_state_dict(loaded)
+        except (KeyError, ValueError) as error:
+            # Megatron looks for each parameter group by its settings, with role first among them.
+            saved, now = _roles(loaded), {group["role"] for group in self._optimizer.param_groups}
+            difference = ", ".join(sorted(saved ^ now)) or "weight decay or optimizer settings"
+            raise CheckpointError(
+                f"{folder}: its optimizer has other parameter groups than this run (they differ in {difference}); "
+                "resume with the configuration it was trained with, or start a new run with checkpoint.load"
+            ) from error
+
+
+def read_partition(folder: Path) -> ExpertPartition | None:
+    """The partition that stands in a checkpoint, None where it has none. Collective; read on rank 0.
+
+    Raises:
+        CheckpointError: the folder is no complete checkpoint, or its table is damaged.
+    """
+    table = on_rank_zero(lambda: open_weights(folder).partition())
+    return None if table is None else ExpertPartition.from_dict(table, source=str(folder / "partition.json"))
+
+
+def layout() -> dict[str, int]:
+    """The parallel layout that decides which random stream belongs to which rank."""
+    return {
+        "ranks": torch.distributed.get_world_size(),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
+        "context": parallel_state.get_context_parallel_world_size(),
+    }
+
+
+def _sharded_rng_state() -> ShardedObject:
+    """Every rank's own random state, as one object a rank."""
+    ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    return ShardedObject("rng_state", rng_state(), (ranks,), (rank,), replica_id=0)
+
+
+def _metadata() -> dict[str, Any]:
+    return {**OPTIMIZER_FORMAT, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def _chunk_key(index: int, num_chunks: int) -> str:
+    """Megatron's name for a model chunk's state: the optimizer looks for it."""
+    return "model" if num_chunks == 1 else f"model{index}"
+
+
+def _roles(optimizer_state: Any) -> set[str]:
+    """Roles of all parameter groups in a loaded optimizer state, however it nests."""
+    if isinstance(optimizer_state, Mapping):
+        groups = optimizer_state.get("param_groups")
+        if isinstance(groups, list):
+            return {group.get("role", "?") for group in groups}
+        return set().union(*(_roles(value) for value in optimizer_state.values()))
+    return set()

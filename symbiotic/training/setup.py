@@ -1,0 +1,135 @@
+"""What a run is made of, as functions of its configuration: partition, identity, sizes, names of metrics."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from symbiotic.config import Config, layer_pattern
+from symbiotic.errors import CheckpointError
+from symbiotic.model.balance import KINDS
+from symbiotic.model.from_config import partition_from_config
+from symbiotic.model.partition import ExpertPartition
+from symbiotic.tokens.vocabulary import VocabularyLayout
+from symbiotic.training.checkpoint.manager import read_partition
+from symbiotic.training.checkpoint.storage import CheckpointStore, find_checkpoint
+from symbiotic.training.roles import RoleRates
+from symbiotic.training.throughput import ModelShape
+
+log = logging.getLogger(__name__)
+
+
+def step_to_resume(config: Config, store: CheckpointStore) -> int | None:
+    """The step whose checkpoint this launch goes on from, None for a fresh start. Collective.
+
+    Raises:
+        CheckpointError: all checkpoints are damaged, or ``checkpoint.resume=never`` in a run that has some.
+    """
+    step = store.newest_complete()
+    if step is not None and config.checkpoint.resume == "never":
+        raise CheckpointError(
+            f"{store.folder} holds a checkpoint of step {step}, but checkpoint.resume is never; set it to auto, or choose "
+            "another run.folder"
+        )
+    return step
+
+
+def choose_partition(config: Config, *, resume_from: Path | None) -> ExpertPartition:
+    """The partition of a run: the table in the checkpoint it starts from, else the configured one. Collective.
+
+    Args:
+        config: the resolved configuration.
+        resume_from: the checkpoint that this launch goes on from.
+
+    Raises:
+        CheckpointError: the checkpoint has another partition than the configuration asks for, with both hashes.
+        ConfigError: a table doesn't fit the configured groups.
+    """
+    configured = _starting_partition(config)
+    if resume_from is None:
+        return configured
+    saved = read_partition(resume_from)
+    if saved is None or saved.hash != configured.hash:
+        found = "none" if saved is None else f"hash {saved.hash}"
+        raise CheckpointError(
+            f"{resume_from / 'partition.json'}: the run's expert partition is {found}, the configuration gives hash "
+            f"{configured.hash}; resume with the partition it was trained with, or start a new run with checkpoint.load"
+        )
+    return saved
+
+
+def _starting_partition(config: Config) -> ExpertPartition:
+    """The partition at step 0: of ``checkpoint.load`` where it has one, else ``partition.method``'s."""
+    configured = partition_from_config(config)
+    if config.checkpoint.load is None:
+        return configured
+    folder = find_checkpoint(config.checkpoint.load)
+    loaded = read_partition(folder)
+    if loaded is None:
+        return configured
+    sizes = {name: group.experts for name, group in config.groups.items()}
+    loaded.check(sizes, layer_pattern(config).moe_blocks, source=str(folder / "partition.json"))
+    if config.partition.method == "file" and loaded.hash != configured.hash:
+        raise CheckpointError(
+            f"{folder / 'partition.json'}: its hash is {loaded.hash}, that of partition.path={config.partition.path} is "
+            f"{configured.hash}; remove partition.path, or load the checkpoint that was split by that table"
+        )
+    return loaded
+
+
+def run_identity(config: Config, *, rates: RoleRates, vocabulary: VocabularyLayout) -> dict[str, Any]:
+    """What must not change between the launches of one run, as plain values.
+
+    Weights and partition are compared on their own: their keys and shapes, its hash.
+    """
+    data = config.data
+    return {
+        "stages": rates.stages.to_list(),
+        "rates": dict(rates.peak),
+        "data": {
+            "vocabulary": vocabulary.digest,
+            "seed": config.data_seed,
+            "packing": data.packing,
+            "sequence_length": config.model.sequence_length,
+            "global_batch_size": config.training.global_batch_size,
+            "sources": {source.name: source.weight for source in data.sources},
+        },
+    }
+
+
+def model_shape(config: Config, *, transformer: TransformerConfig, vocabulary: VocabularyLayout) -> ModelShape:
+    """The sizes that the FLOPs formula needs."""
+    pattern = layer_pattern(config)
+    moe_layers, dense_layers = len(pattern.moe_blocks), len(pattern.dense_blocks)
+    return ModelShape(
+        hidden_size=transformer.hidden_size,
+        attention_layers=pattern.num_layers - moe_layers - dense_layers,
+        dense_layers=dense_layers,
+        moe_layers=moe_layers,
+        num_heads=transformer.num_attention_heads,
+        num_query_groups=transformer.num_query_groups,
+        head_size=transformer.kv_channels,
+        dense_ffn=transformer.ffn_hidden_size,
+        expert_ffn=transformer.moe_ffn_hidden_size or 0,
+        shared_ffn=transformer.moe_shared_expert_intermediate_size or 0,
+        topk=transformer.moe_router_topk,
+        num_experts=config.num_experts,
+        gated=transformer.gated_linear_unit,
+        vocabulary=vocabulary.size,
+        sequence_length=config.model.sequence_length,
+    )
+
+
+def balance_names(config: Config, transformer: TransformerConfig) -> list[str]:
+    """Names under which the routers record their losses: every rank must know them, also one without MoE layers."""
+    if not layer_pattern(config).moe_blocks:
+        return []
+    kinds, coefficients = transformer.moe_router_load_balancing_type, transformer.moe_aux_loss_coeff
+    if not isinstance(kinds, list):
+        kinds, coefficients = [kinds], [coefficients]
+    active = [kind for kind, coefficient in zip(kinds, coefficients, strict=True) if kind in KINDS and coefficient]
+    names = [f"{KINDS[kind]}.{group}" for kind in active for group in config.groups]
+    return names + (["z_loss"] if transformer.moe_z_loss_coeff else [])
