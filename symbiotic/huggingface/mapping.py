@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -156,7 +157,8 @@ def _attention_rows(config: SymbioticConfig, block: int) -> list[Row]:
     megatron, target = f"decoder.layers.{2 * block}.", f"model.layers.{block}."
     attention = f"{megatron}self_attention."
     names = tuple(f"{target}self_attn.{part}_proj" for part in "qkv")
-    heads, groups, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    heads, head_dim = config.num_attention_heads, config.head_dim
+    layout = partial(grouped_qkv, heads=heads, groups=config.num_key_value_heads, head_dim=head_dim)
     rows = [
         Row(
             f"{megatron}input_layernorm.weight",
@@ -167,12 +169,12 @@ def _attention_rows(config: SymbioticConfig, block: int) -> list[Row]:
         Row(
             f"{attention}linear_qkv.weight",
             tuple(f"{name}.weight" for name in names),
-            GroupedQKV(heads, groups, head_dim, (config.hidden_size,)),
+            layout(trailing=(config.hidden_size,)),
         ),
     ]
     if config.attention_bias:
         biases = tuple(f"{name}.bias" for name in names)
-        rows.append(Row(f"{attention}linear_qkv.bias", biases, GroupedQKV(heads, groups, head_dim, ())))
+        rows.append(Row(f"{attention}linear_qkv.bias", biases, layout(trailing=())))
     if config.use_qk_norm:
         rows += [
             Row(

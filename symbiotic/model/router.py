@@ -6,6 +6,8 @@ Life of a batch of rows:
  3. Logits outside a row's group become -inf *before* the score function and top-k, so the group's router gives
     exactly what a joint router gives with the other groups masked (method.md section 3).
  4. Balance losses are taken inside each group and attached to the probabilities.
+ 5. With ``moe_router_enable_expert_bias`` a bias per expert shifts the choice (not the weight); it is updated after
+    each step from the loads *inside the group* (``update_group_biases``).
 
 With one router nothing is masked and every operation is the stock ``TopKRouter``'s.
 
@@ -14,7 +16,7 @@ Tensor names carry their dimensions: N rows (s * b, sequence-major), E experts i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -98,6 +100,7 @@ class GroupRouter(TopKRouter):
         self.router_names = experts.routing.routers
         self.usage_mode: Literal["off", "training", "evaluation"] = "off"
         self._register_tables()
+        self._register_bias()
         if len(self.router_names) > 1:
             self._split_weight()
 
@@ -127,6 +130,29 @@ class GroupRouter(TopKRouter):
         self.in_order = not routing.shares_groups and bool((row_of_slot.max(axis=0) == np.arange(len(group_of_slot))).all())
         for group in range(len(routing.groups)):
             table(f"slots_of_group_{group}", experts.slots_of_group(group))
+
+    def _register_bias(self) -> None:
+        """Replace the stock bias, whose update would weigh a group against the others, by one under our own name."""
+        for name in ("expert_bias", "local_tokens_per_expert"):
+            delattr(self, name)  # finalize_model_grads updates every module that has this attribute
+        bias = load = None
+        if self.enable_expert_bias:
+            bias = torch.zeros(self.config.num_moe_experts, device=torch.cuda.current_device())
+            load = torch.zeros_like(bias, dtype=torch.int64)
+        self.register_buffer("group_bias", bias)  # in logical order, since it is saved
+        self.register_buffer("group_load", load, persistent=False)  # in slot order
+
+    def _maintain_float32_expert_bias(self) -> None:
+        """Undo a cast of the whole module to bfloat16, as the stock router does for its bias."""
+        if self.group_bias is not None and self.group_bias.dtype != torch.float32:
+            self.group_bias = self.group_bias.float()
+
+    def bias_by_slot(self) -> Tensor | None:
+        """float32 [E] in slot order, or None without a bias."""
+        if self.group_bias is None:
+            return None
+        self._maintain_float32_expert_bias()
+        return self.group_bias[torch.from_numpy(self.experts.slot_to_expert).to(self.group_bias.device)]
 
     def _split_weight(self) -> None:
         """Replace the joint weight by one parameter a router, its rows sliced from the joint initialisation."""
@@ -194,21 +220,27 @@ class GroupRouter(TopKRouter):
         probs_NE, map_NE = self.choose(logits_NE)
         if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
             probs_NE = self.attach_balance_losses(probs_NE, logits_NE, padding_N, batch_size=input.shape[1])
+        if self.group_load is not None and self.training and torch.is_grad_enabled():
+            self.group_load += (map_NE & ~padding_N.unsqueeze(1)).sum(dim=0)
         self.count_usage(map_NE, token_types)
         return probs_NE, map_NE
 
     def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
         """Top-k choice and weights; with several routers the indices are taken on the masked scores first, so
         that a score that underflows to zero never lets an expert of another group in."""
-        indices = None
+        indices, bias = None, self.bias_by_slot()
         if len(self.router_names) > 1:
-            indices = torch.topk(logits_NE, k=self.topk, dim=1).indices
+            ranking = logits_NE
+            if bias is not None:  # refused with softmax scores, as by megatron-core
+                ranking = (torch.sigmoid(logits_NE.float()) + bias).masked_fill(logits_NE.isneginf(), float("-inf"))
+            indices = torch.topk(ranking, k=self.topk, dim=1).indices
         return topk_routing_with_score_function(
             logits_NE,
             self.topk,
             use_pre_softmax=self.config.moe_router_pre_softmax,
             scaling_factor=self.config.moe_router_topk_scaling_factor,
             score_function=self.score_function,
+            expert_bias=bias,
             precomputed_indices=indices,
         )
 
@@ -269,6 +301,28 @@ class GroupRouter(TopKRouter):
         if counts:
             with torch.no_grad():
                 self.usage.index_add_(0, token_types.reshape(-1).long(), map_NE.long())
+
+
+@torch.no_grad()
+def update_group_biases(model_chunks: Iterable[nn.Module]) -> None:
+    """Move every expert's bias by the update rate towards its group's mean load (arXiv 2408.15664, inside groups).
+
+    Call once after each step's gradients are final; collective over the ranks that share the routers. An expert
+    with less than its group's mean load gains, one with more loses; a group without a token stays as it is.
+    """
+    for chunk in model_chunks:
+        for router in chunk.modules():
+            if not isinstance(router, GroupRouter) or router.group_load is None:
+                continue
+            torch.distributed.all_reduce(router.group_load, group=router.tp_dp_cp_group)
+            experts = router.experts
+            load = torch.empty_like(router.group_load)
+            load[torch.from_numpy(experts.slot_to_expert)] = router.group_load
+            for group in range(len(experts.routing.groups)):
+                members = torch.from_numpy(np.flatnonzero(experts.group_of_expert == group))
+                offset = load[members].double().mean() - load[members]
+                router.group_bias[members] += torch.sign(offset).float() * router.config.moe_router_bias_update_rate
+            router.group_load.zero_()
 
 
 def collect_usage(routers: Sequence[GroupRouter]) -> Tensor:

@@ -11,7 +11,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from symbiotic.model.partition import at_random, by_index
 from symbiotic.model.placement import slot_to_expert
-from symbiotic.model.router import GroupRouter, LayerExperts
+from symbiotic.model.router import GroupRouter, LayerExperts, update_group_biases
 from symbiotic.model.routing import RoutingTable
 from symbiotic.tokens.types import TokenType
 from tests.model.tiny import tiny_config, two_routers
@@ -195,3 +195,67 @@ def usage_counts(*, mode: str, grad: bool) -> np.ndarray:
         for slot in np.flatnonzero(row):
             recount[token_type, router.experts.slot_to_expert[slot]] += 1
     return collect_usage([router])[0].numpy(), recount
+
+
+def bias_against_stock() -> dict:
+    """Three steps of choices and bias updates with one group, ours against the stock router's."""
+    from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
+
+    config = tiny_config(
+        moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.05
+    )
+    stock, ours = stock_router(config).train(), make_router(config, groups={"all": 8}).train()
+    trail = []
+    for seed in range(3):
+        states, types = rows(seed=seed)
+        stock_probs, stock_map = stock(states)
+        our_probs, our_map = ours(states, types)
+        stock.expert_bias.copy_(
+            get_updated_expert_bias(stock.local_tokens_per_expert, stock.expert_bias, 0.05)
+        )
+        stock.local_tokens_per_expert.zero_()
+        update_group_biases([ours])
+        trail.append((torch.equal(stock_probs, our_probs), torch.equal(stock_map, our_map)))
+        trail.append((torch.equal(stock.expert_bias, ours.group_bias), bool(ours.group_bias.any())))
+    return {"trail": trail, "stock_attribute": hasattr(ours, "expert_bias"), "saved": list(ours.state_dict())}
+
+
+def bias_inside_groups(*, ep_size: int) -> dict:
+    """Everything on at once, two groups: choices with a bias and padding, and one update, next to float64 by hand."""
+    sizes = {"understanding": 5, "generation": 3}
+    config = tiny_config(
+        moe_router_score_function="sigmoid",
+        moe_router_enable_expert_bias=True,
+        moe_router_bias_update_rate=0.05,
+        moe_z_loss_coeff=1e-3,
+        moe_router_topk_scaling_factor=1.5,
+    )
+    router = make_router(config, groups=sizes, seed=6, ep_size=ep_size).train()
+    router.group_bias.copy_(torch.linspace(-0.3, 0.3, 8))
+    states, types = rows(types=(0, 1, 2, 15), seed=8)
+    probs, routing_map = router(states, types)
+    slots = torch.from_numpy(router.experts.slot_to_expert)
+    row = router.experts.group_of_expert
+    joint = torch.zeros(8, 32, dtype=torch.float64)
+    for index, gate in enumerate(router.gates.values()):
+        joint[torch.from_numpy(router.experts.experts_of_router(index))] = gate.detach().double()
+    scores = torch.sigmoid(states.detach().double().flatten(0, 1) @ joint.T)
+    generation = (types.reshape(-1) == TokenType.GENERATION_CODE).numpy()
+    allowed = torch.from_numpy((row[None, :] == 1) == generation[:, None])
+    bias = torch.linspace(-0.3, 0.3, 8).double()
+    chosen = (scores + bias).masked_fill(~allowed, -9.0).topk(2, dim=1).indices
+    weights = scores.gather(1, chosen)
+    expected = torch.zeros(len(scores), 8, dtype=torch.float64)
+    expected.scatter_(1, chosen, 1.5 * weights / weights.sum(dim=1, keepdim=True))
+    valid = (types.reshape(-1) != TokenType.PADDING).unsqueeze(1)
+    load = ((expected > 0) & valid).sum(dim=0).double()
+    target = bias.clone()
+    for group in (0, 1):
+        members = torch.from_numpy(np.flatnonzero(row == group))
+        target[members] += 0.05 * torch.sign(load[members].mean() - load[members])
+    update_group_biases([router])
+    return {
+        "probs": (probs.detach().double(), expected[:, slots]),
+        "bias": (router.group_bias.double(), target),
+        "left": int(router.group_load.sum()),
+    }

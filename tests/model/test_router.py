@@ -65,3 +65,19 @@ def test_usage_is_counted_once_by_type_and_logical_expert(mode, grad):
     counted = mode == "evaluation" or (mode == "training" and grad)
     np.testing.assert_array_equal(counts, recount if counted else 0 * recount)
     assert recount.sum() == 48 * 2
+
+
+def test_bias_of_one_group_is_the_stock_bias_bit_for_bit():
+    (result,) = run_ranks(f"{CASES}:bias_against_stock")
+    assert all(first and second for first, second in result["trail"])
+    # finalize_model_grads updates every module with this attribute over all experts: ours must not have it.
+    assert not result["stock_attribute"]
+    assert "group_bias" in result["saved"]
+
+
+@pytest.mark.parametrize("ep_size", [1, 2])
+def test_bias_is_chosen_with_and_updated_inside_the_group(ep_size):
+    (result,) = run_ranks(f"{CASES}:bias_inside_groups", ep_size=ep_size)
+    for actual, expected in (result["probs"], result["bias"]):
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=1e-6)
+    assert result["left"] == 0

@@ -3,6 +3,8 @@
 This file travels inside an exported folder, beside the weights; it needs transformers and nothing else.
 """
 
+from typing import Any, ClassVar
+
 from transformers import PreTrainedConfig
 
 NUM_TOKEN_TYPES = 16
@@ -38,7 +40,7 @@ class SymbioticConfig(PreTrainedConfig):
     """
 
     model_type = "symbiotic"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 1024
@@ -78,7 +80,7 @@ class SymbioticConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list | None = None
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         if self.token_types is None:
             self.token_types = {"text": 0, "understanding_code": 1, "generation_code": 2, "padding": 15}
         if self.group_of_router is None:

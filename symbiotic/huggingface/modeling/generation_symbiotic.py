@@ -83,6 +83,7 @@ class ImageSpanLogitsProcessor(LogitsProcessor):
         return torch.where(inside, kind, self.OUTSIDE)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores [b, V] with -inf for every id that can't follow ``input_ids`` [b, s]."""
         if self.forbidden.device != scores.device:
             self.forbidden = self.forbidden.to(scores.device)
             self.resolution_table = self.resolution_table.to(scores.device)

@@ -12,17 +12,20 @@ of the joined router.
 """
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation.utils import GenerateOutput
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
 
 from .configuration_symbiotic import SymbioticConfig
 from .generation_symbiotic import ImageSpanLogitsProcessor, ImageVocabulary
@@ -315,8 +318,8 @@ class SymbioticPreTrainedModel(PreTrainedModel):
     config: SymbioticConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["SymbioticDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _no_split_modules: ClassVar[list[str]] = ["SymbioticDecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -439,7 +442,7 @@ class SymbioticModel(SymbioticPreTrainedModel):
 class SymbioticForCausalLM(SymbioticPreTrainedModel, GenerationMixin):
     """The transformer with one output matrix over text and image codes."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: SymbioticConfig) -> None:
         super().__init__(config)
@@ -531,7 +534,7 @@ class SymbioticForCausalLM(SymbioticPreTrainedModel, GenerationMixin):
         token_type_ids = self.complete_token_types(input_ids, token_type_ids)
         return super().prepare_inputs_for_generation(input_ids, token_type_ids=token_type_ids, **kwargs)
 
-    def _update_model_kwargs_for_generation(self, outputs, model_kwargs: dict, **kwargs) -> dict:
+    def _update_model_kwargs_for_generation(self, outputs: ModelOutput, model_kwargs: dict, **kwargs) -> dict:
         """As in transformers, but the type of a token that isn't drawn yet is not guessed (see above)."""
         token_type_ids = model_kwargs.get("token_type_ids")
         model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, **kwargs)
@@ -539,7 +542,9 @@ class SymbioticForCausalLM(SymbioticPreTrainedModel, GenerationMixin):
             model_kwargs["token_type_ids"] = token_type_ids
         return model_kwargs
 
-    def generate(self, inputs: Tensor | None = None, *args, logits_processor=None, **kwargs):
+    def generate(
+        self, inputs: Tensor | None = None, *args, logits_processor: list[LogitsProcessor] | None = None, **kwargs
+    ) -> GenerateOutput | Tensor:
         """``GenerationMixin.generate`` with ImageSpanLogitsProcessor always in the chain."""
         processors = LogitsProcessorList(logits_processor or [])
         if self.model.images is not None:
