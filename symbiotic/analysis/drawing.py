@@ -36,9 +36,7 @@ class Drawings:
     labels: np.ndarray
 
 
-def judge_drawings(
-    drawn: Drawings, *, training: PictureSet, held_out: PictureSet, name: str, stage: str
-) -> list[Row]:
+def judge_drawings(drawn: Drawings, *, training: PictureSet, held_out: PictureSet, name: str, stage: str) -> list[Row]:
     """The four figures of a generator, as rows ``generation_*.NAME.STAGE``.
 
     The ceiling of each is what the decoded codes of real held-out pictures reach. For the copy rate,

@@ -46,8 +46,7 @@ class ExpertUse:
             "blocks": list(self.blocks),
             "groups": [list(row) for row in self.groups],
             "counts": {
-                token_type.name.lower(): self.counts[:, token_type].tolist()
-                for token_type in self.present_types()
+                token_type.name.lower(): self.counts[:, token_type].tolist() for token_type in self.present_types()
             },
         }
 
@@ -64,14 +63,10 @@ class ExpertUse:
 def _routers(model: nn.Module) -> dict[int, nn.Module]:
     """Router modules by block number."""
     routers = {
-        block: layer.mlp.routers
-        for block, layer in enumerate(model.model.layers)
-        if hasattr(layer.mlp, "routers")
+        block: layer.mlp.routers for block, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "routers")
     }
     if not routers:
-        raise CheckpointError(
-            "the exported model has no mixture-of-experts block, so there is no expert use to count"
-        )
+        raise CheckpointError("the exported model has no mixture-of-experts block, so there is no expert use to count")
     return routers
 
 

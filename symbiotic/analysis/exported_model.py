@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel, ProcessorMixin
 
-from symbiotic.analysis.sequences import SequenceBuilder, TokenSequence
-from symbiotic.errors import CheckpointError
+from symbiotic.analysis.sequences import Segment, TokenSequence, image_to_draw
+from symbiotic.errors import CheckpointError, DataError
 from symbiotic.tokens.types import TokenType
 
 
@@ -36,12 +37,13 @@ class ExportedModel:
 
     Attributes:
         model: a transformers model that takes ``input_ids``, ``token_type_ids`` and ``past_key_values``.
-        builder: makes token sequences for the model's vocabulary.
+        processor: turns segments into ids and types, and drawn ids into codes.
+        batch_size: sequences that go through the model at once.
     """
 
-    def __init__(self, model: torch.nn.Module, builder: SequenceBuilder, *, batch_size: int = 64) -> None:
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, batch_size: int = 64) -> None:
         self.model = model.eval()
-        self.builder = builder
+        self.processor = processor
         self.batch_size = batch_size
 
     @classmethod
@@ -49,30 +51,39 @@ class ExportedModel:
         """Load a folder that tools/convert_checkpoint.py wrote; it runs the modeling code inside the folder.
 
         Raises:
-            CheckpointError: the folder isn't an exported model that draws images.
+            CheckpointError: the folder isn't an exported model that knows images.
         """
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
         folder = Path(folder)
-        if not (folder / "config.json").exists():
-            raise CheckpointError(
-                f"{folder}: no config.json; make one with tools/convert_checkpoint.py export"
-            )
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(f"{folder}: no config.json; make one with tools/convert_checkpoint.py export")
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         if getattr(model.config, "image_vocabulary", None) is None:
-            raise CheckpointError(
-                f"{folder}: config.json has no image_vocabulary, so the model knows no images"
-            )
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-        builder = SequenceBuilder(
-            lambda text: tokenizer(text, add_special_tokens=False).input_ids, model.config.image_vocabulary
-        )
-        return cls(model.to(device), builder, batch_size=batch_size)
+            raise CheckpointError(f"{folder}: config.json has no image_vocabulary: the model knows no images")
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        return cls(model.to(device), processor, batch_size=batch_size)
+
+    def sequence(self, *segments: Segment) -> TokenSequence:
+        """The document of ``segments`` as a row of ids and types.
+
+        Raises:
+            DataError: a segment doesn't fit the vocabulary, for example an image of a size that it doesn't have.
+        """
+        try:
+            features = self.processor([list(segments)])
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        types = features["token_type_ids"][0].numpy().astype(np.int8)
+        return TokenSequence(features["input_ids"][0].numpy(), types)
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens in a training sample."""
+        return self.model.config.max_position_embeddings
 
     @property
     def num_parameters(self) -> int:
@@ -107,19 +118,12 @@ class ExportedModel:
         A prefix goes through the model once; its keys and values are then shared by all candidates.
         """
         scores = np.empty((len(prefixes), len(candidates)))
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for index, prefix in enumerate(prefixes):
-            by_length[len(prefix)].append(index)
         num_prefixes = max(1, self.batch_size // len(candidates))
-        for indices in by_length.values():
-            for start in range(0, len(indices), num_prefixes):
-                chunk = indices[start : start + num_prefixes]
-                scores[chunk] = self._score_chunk([prefixes[index] for index in chunk], candidates)
+        for chunk in self._chunks_of_one_length(prefixes, num_prefixes):
+            scores[chunk] = self._score_chunk([prefixes[index] for index in chunk], candidates)
         return scores
 
-    def _score_chunk(
-        self, prefixes: Sequence[TokenSequence], candidates: Sequence[TokenSequence]
-    ) -> np.ndarray:
+    def _score_chunk(self, prefixes: Sequence[TokenSequence], candidates: Sequence[TokenSequence]) -> np.ndarray:
         """Prefixes of one length against all candidates: float64 [prefixes, candidates]."""
         ids, types = (tensor.to(self.device) for tensor in pad_batch(prefixes))
         outputs = self.model(input_ids=ids, token_type_ids=types, use_cache=True)
@@ -151,7 +155,7 @@ class ExportedModel:
         """Sample one image for each prompt.
 
         Args:
-            prompts: text that asks for the image; begin and resolution tokens are added here.
+            prompts: what asks for the image; its begin and resolution tokens are added here.
             size: rows and columns of codes.
             temperature: of the sampling, over the full distribution (no top-k, no top-p); 0 takes the
                 likeliest code.
@@ -161,26 +165,51 @@ class ExportedModel:
             codes int64 [prompts, rows, columns].
         """
         torch.manual_seed(seed)
-        start = self.builder.image_start(size, use="generate")
+        start = self.sequence(image_to_draw(size))
         prompts = [TokenSequence.join([prompt, start]) for prompt in prompts]
         codes = np.empty((len(prompts), *size), dtype=np.int64)
-        num_tokens = size[0] * (size[1] + 1)
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        by_length: dict[int, list[int]] = defaultdict(list)
-        for index, prompt in enumerate(prompts):
-            by_length[len(prompt)].append(index)
-        for indices in by_length.values():
-            for first in range(0, len(indices), self.batch_size):
-                chunk = indices[first : first + self.batch_size]
-                ids, types = (
-                    tensor.to(self.device) for tensor in pad_batch([prompts[index] for index in chunk])
-                )
-                drawn = self.model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    token_type_ids=types,
-                    max_new_tokens=num_tokens,
-                    **(sampling if temperature > 0 else {"do_sample": False}),
-                )
-                codes[chunk] = self.builder.codes(drawn[:, ids.shape[1] :].cpu().numpy(), size)
+        # Codes, an end-of-row after each row, the end of the image.
+        num_tokens = size[0] * (size[1] + 1) + 1
+        for chunk in self._chunks_of_one_length(prompts, self.batch_size):
+            drawn = self._generate([prompts[index] for index in chunk], num_tokens, temperature=temperature)
+            for index, row in zip(chunk, drawn, strict=True):
+                codes[index] = self.processor.image_codes(row)[-1]
         return codes
+
+    @torch.inference_mode()
+    def answer(self, *segments: Segment, max_tokens: int = 32, temperature: float = 0.0, seed: int = 0) -> str:
+        """The text that the model goes on with after ``segments``, up to the end of the document.
+
+        Args:
+            segments: for example an image to read.
+            max_tokens: length of the answer at most.
+            temperature: of sampling; 0 takes the likeliest token.
+            seed: of torch's generator.
+        """
+        torch.manual_seed(seed)
+        prompt = self.sequence(*segments)
+        (row,) = self._generate([prompt], max_tokens, temperature=temperature)
+        return self.processor.decode(row[len(prompt) :])
+
+    def _generate(self, prompts: Sequence[TokenSequence], num_tokens: int, *, temperature: float) -> Tensor:
+        """Ids [prompts, prompt + up to num_tokens] on the CPU; the prompts are of one length."""
+        ids, types = (tensor.to(self.device) for tensor in pad_batch(prompts))
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        generated = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            token_type_ids=types,
+            max_new_tokens=num_tokens,
+            **(sampling if temperature > 0 else {"do_sample": False}),
+        )
+        return generated.cpu()
+
+    @staticmethod
+    def _chunks_of_one_length(sequences: Sequence[TokenSequence], size: int) -> Iterator[list[int]]:
+        """Indices of up to ``size`` sequences of equal length each, so that none of them needs padding."""
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for index, sequence in enumerate(sequences):
+            by_length[len(sequence)].append(index)
+        for indices in by_length.values():
+            for start in range(0, len(indices), size):
+                yield indices[start : start + size]

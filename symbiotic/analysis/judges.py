@@ -66,9 +66,7 @@ def copy_rate(drawn: np.ndarray, training: np.ndarray) -> float:
             f"copy rate: drawn pictures have shape {drawn.shape[1:]}, training pictures {training.shape[1:]}"
         )
     known = {picture.tobytes() for picture in np.ascontiguousarray(training, dtype=np.int64)}
-    return float(
-        np.mean([picture.tobytes() in known for picture in np.ascontiguousarray(drawn, dtype=np.int64)])
-    )
+    return float(np.mean([picture.tobytes() in known for picture in np.ascontiguousarray(drawn, dtype=np.int64)]))
 
 
 def within_class_variance(pictures: np.ndarray, labels: np.ndarray) -> float:
@@ -77,9 +75,7 @@ def within_class_variance(pictures: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean([rows[labels == label].var(axis=0).mean() for label in np.unique(labels)]))
 
 
-def diversity_ratio(
-    drawn: np.ndarray, drawn_labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray
-) -> float:
+def diversity_ratio(drawn: np.ndarray, drawn_labels: np.ndarray, real: np.ndarray, real_labels: np.ndarray) -> float:
     """Within-class variance of the drawn pictures over that of the real; 0 when all of a class are alike."""
     return within_class_variance(drawn, drawn_labels) / within_class_variance(real, real_labels)
 
@@ -129,8 +125,6 @@ class ClassDistance:
         for label, real in self.real.items():
             drawn = features[labels == label]
             if len(drawn) < 2:
-                raise DataError(
-                    f"class {label} has {len(drawn)} drawn pictures; its distance needs at least 2"
-                )
+                raise DataError(f"class {label} has {len(drawn)} drawn pictures; its distance needs at least 2")
             distances.append(frechet_distance(real, drawn))
         return float(np.mean(distances))

@@ -65,9 +65,7 @@ def _figure(picture: Picture, caption: str) -> str:
     return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def render_page(
-    title: str, *, facts: dict[str, str], rows: Sequence[Row], sections: Sequence[Section]
-) -> str:
+def render_page(title: str, *, facts: dict[str, str], rows: Sequence[Row], sections: Sequence[Section]) -> str:
     """The whole page.
 
     Args:

@@ -1,8 +1,4 @@
-"""Documents as model inputs: the same ids and types that the dataset makes, built from a prompt.
-
-An image is begin (to understand or to generate), resolution, the codes row by row with an end-of-row after
-each row, end of image. Codes carry the type of their use; every other token is text.
-"""
+"""Documents as model inputs: rows of ids with the type of each, and the segments that documents are made of."""
 
 from __future__ import annotations
 
@@ -13,9 +9,16 @@ from typing import Any
 import numpy as np
 
 from symbiotic.errors import DataError
+from symbiotic.tokens.documents import ImageUse
 from symbiotic.tokens.types import TokenType
 
-CODE_TYPES = {"understand": TokenType.UNDERSTANDING_CODE, "generate": TokenType.GENERATION_CODE}
+Segment = str | dict[str, Any]
+"""A text, or an image as the processor of an exported folder takes it."""
+
+CODE_TYPES = {
+    ImageUse.UNDERSTAND: TokenType.UNDERSTANDING_CODE,
+    ImageUse.GENERATE: TokenType.GENERATION_CODE,
+}
 
 
 @dataclass(frozen=True)
@@ -29,24 +32,36 @@ class TokenSequence:
         return len(self.ids)
 
     @classmethod
-    def join(cls, parts: Sequence[TokenSequence]) -> TokenSequence:
-        """The parts one after the other."""
-        return cls(
-            np.concatenate([part.ids for part in parts]), np.concatenate([part.types for part in parts])
-        )
-
-    @classmethod
     def of_text(cls, ids: Sequence[int]) -> TokenSequence:
         """Ids that are all text."""
         return cls(np.asarray(ids, dtype=np.int64), np.full(len(ids), TokenType.TEXT, dtype=np.int8))
+
+    @classmethod
+    def join(cls, parts: Sequence[TokenSequence]) -> TokenSequence:
+        """The parts one after the other."""
+        ids = np.concatenate([part.ids for part in parts])
+        return cls(ids, np.concatenate([part.types for part in parts]))
 
     def slice(self, start: int, stop: int) -> TokenSequence:
         """Tokens ``start`` to ``stop`` (excluded)."""
         return TokenSequence(self.ids[start:stop], self.types[start:stop])
 
 
+def whole_image(codes: np.ndarray, *, use: ImageUse) -> Segment:
+    """An image from its codes [rows, columns], in the codebook's numbering."""
+    return {"type": "image", "use": use.value, "codes": codes}
+
+
+def image_to_draw(size: tuple[int, int]) -> Segment:
+    """The beginning of an image of ``size`` (rows, columns of codes), which the model goes on with."""
+    return {"type": "image", "use": ImageUse.GENERATE.value, "size": size}
+
+
 class SequenceBuilder:
-    """Builds token sequences for one vocabulary.
+    """Builds token sequences from a vocabulary alone, where there is no exported folder and so no processor.
+
+    An image is begin (to understand or to generate), resolution, the codes row by row with an end-of-row after each
+    row, end of image. Codes carry the type of their use; every other token is text.
 
     Args:
         encode: text -> ids of the tokenizer, without any special token.
@@ -62,23 +77,17 @@ class SequenceBuilder:
         """A text segment."""
         return TokenSequence.of_text(self.encode(text))
 
-    def image_start(self, size: tuple[int, int], *, use: str) -> TokenSequence:
-        """Begin and resolution token of an image of ``size`` (rows, columns) codes: what asks for a drawing.
+    def image(self, codes: np.ndarray, *, use: ImageUse | str) -> TokenSequence:
+        """A whole image from its codes [rows, columns], in the codebook's numbering.
 
         Raises:
-            DataError: the vocabulary has no such resolution.
+            DataError: the vocabulary has no such resolution or code.
         """
-        if size not in self._resolution_ids:
-            known = ", ".join(f"{rows}x{columns}" for rows, columns in self._resolution_ids)
-            raise DataError(
-                f"an image of {size[0]}x{size[1]} codes has no resolution token; the vocabulary has {known}"
-            )
-        begin = self.images["begin_generation_image" if use == "generate" else "begin_understanding_image"]
-        return TokenSequence.of_text([begin, self._resolution_ids[size]])
-
-    def image(self, codes: np.ndarray, *, use: str) -> TokenSequence:
-        """A whole image from its codes [rows, columns] in codebook numbering; ``use`` as in documents."""
+        use = ImageUse(use)
         rows, columns = codes.shape
+        if (rows, columns) not in self._resolution_ids:
+            known = ", ".join(f"{height}x{width}" for height, width in self._resolution_ids)
+            raise DataError(f"an image of {rows}x{columns} codes has no resolution id; the vocabulary has {known}")
         codebook_size = self.images["codebook_size"]
         outside = codes[(codes < 0) | (codes >= codebook_size)]
         if outside.size:
@@ -87,21 +96,8 @@ class SequenceBuilder:
         ids[:, :columns] = codes + self.images["code_offset"]
         types = np.full((rows, columns + 1), TokenType.TEXT, dtype=np.int8)
         types[:, :columns] = CODE_TYPES[use]
+        generate = use is ImageUse.GENERATE
+        begin = self.images["begin_generation_image" if generate else "begin_understanding_image"]
+        head = TokenSequence.of_text([begin, self._resolution_ids[rows, columns]])
         body = TokenSequence(ids.reshape(-1), types.reshape(-1))
-        end = TokenSequence.of_text([self.images["end_of_image"]])
-        return TokenSequence.join([self.image_start((rows, columns), use=use), body, end])
-
-    def codes(self, ids: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        """Codes [n, rows, columns] of drawn images; ``ids`` [n, >= rows * (columns + 1)] follow the resolution.
-
-        Raises:
-            DataError: an id where a code must stand is none.
-        """
-        rows, columns = size
-        grid = ids[:, : rows * (columns + 1)].reshape(len(ids), rows, columns + 1)
-        codes = grid[:, :, :columns] - self.images["code_offset"]
-        if codes.min() < 0 or codes.max() >= self.images["codebook_size"]:
-            raise DataError(
-                "a drawn image holds an id that is no image code; draw it with the exported model's generate"
-            )
-        return codes
+        return TokenSequence.join([head, body, TokenSequence.of_text([self.images["end_of_image"]])])

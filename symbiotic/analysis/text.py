@@ -41,9 +41,7 @@ def windows_of(document: TokenSequence, *, length: int) -> list[TokenSequence]:
 
     Consecutive windows share one token: the last label of one is the first input of the next.
     """
-    return [
-        document.slice(start, start + length + 1) for start in range(0, max(len(document) - 1, 1), length)
-    ]
+    return [document.slice(start, start + length + 1) for start in range(0, max(len(document) - 1, 1), length)]
 
 
 def score_text(

@@ -129,6 +129,8 @@ def kind_of(value: Any) -> str:
         return "empty"
     if isinstance(value, bool):
         return "a boolean"
+    if isinstance(value, float) and math.isnan(value):
+        return "not a number"
     return _TYPE_WORDS.get(type(value), f"a {type(value).__name__}")
 
 

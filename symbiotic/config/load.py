@@ -80,7 +80,7 @@ def _section(expected: type, value: Any, *, section: str, origin: Origin) -> Any
 def _resolved(config: Config) -> Config:
     """Fill in what follows from other settings: routers and the lengths of run and stages."""
     if not config.routers:
-        config = dataclasses.replace(config, routers=default_routers(config.groups) or {})
+        config = dataclasses.replace(config, routers=default_routers(config.groups))
     return _with_steps(config)
 
 

@@ -68,7 +68,7 @@ def transformer_config(config: Config) -> TransformerConfig:
     derived = {
         "num_layers": pattern.num_layers,
         "is_hybrid_model": True,
-        "num_moe_experts": config.num_experts if pattern.moe_blocks else None,
+        "num_moe_experts": config.num_experts,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "autocast_dtype": dtype,
@@ -78,10 +78,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         "transformer_impl": "local" if backend == "torch" else "transformer_engine",
         "moe_grouped_gemm": backend == "transformer_engine",
     }
-    values = dict(config.transformer)
-    if not pattern.moe_blocks:
-        values.pop("moe_ffn_hidden_size", None)
-    return _build(TransformerConfig, values, derived, section=TRANSFORMER, config=config)
+    return _build(TransformerConfig, config.transformer, derived, section=TRANSFORMER, config=config)
 
 
 def optimizer_config(config: Config) -> OptimizerConfig:

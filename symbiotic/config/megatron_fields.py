@@ -43,6 +43,7 @@ READ: dict[str, dict[str, tuple[type | None, Any]]] = {
         "moe_router_score_function": (str, "softmax"),
         "moe_router_pre_softmax": (bool, False),
         "moe_router_enable_expert_bias": (bool, False),
+        "gradient_accumulation_fusion": (bool, False),
         "gated_linear_unit": (bool, False),
         "qk_layernorm": (bool, False),
         "add_qkv_bias": (bool, False),
@@ -58,7 +59,6 @@ READ: dict[str, dict[str, tuple[type | None, Any]]] = {
         "recompute_method": (str, None),
         "recompute_num_layers": (int, None),
         "recompute_modules": (list, None),
-        "gradient_accumulation_fusion": (bool, False),
     },
     OPTIMIZER: {"clip_grad": (float, 1.0), "weight_decay": (float, 0.01)},
     DDP: {"use_distributed_optimizer": (bool, False), "overlap_param_gather": (bool, False),
@@ -68,40 +68,40 @@ READ: dict[str, dict[str, tuple[type | None, Any]]] = {
 
 DERIVED: dict[str, dict[str, str]] = {
     TRANSFORMER: {
-        "num_layers": "model.blocks or model.layer_pattern",
-        "is_hybrid_model": "nothing: it is always true here",
-        "moe_layer_freq": "model.dense_blocks",
-        "num_moe_experts": "groups.NAME.experts",
-        "params_dtype": "TransformerConfig.bf16",
-        "pipeline_dtype": "TransformerConfig.bf16",
-        "autocast_dtype": "TransformerConfig.bf16",
-        "enable_autocast": "TransformerConfig.bf16",
-        "transformer_impl": "model.backend",
-        "moe_grouped_gemm": "model.backend",
-        "add_bias_linear": "nothing: linear layers have no bias here (add_qkv_bias is free)",
-        "use_cpu_initialization": "run.device",
-        "variable_seq_lengths": "model.sequence_length",
-        "pipeline_model_parallel_layout": "model.blocks: the pipeline is cut between blocks, evenly",
-        "num_layers_in_first_pipeline_stage": "model.blocks: the pipeline is cut between blocks, evenly",
-        "num_layers_in_last_pipeline_stage": "model.blocks: the pipeline is cut between blocks, evenly",
-        "account_for_embedding_in_pipeline_split": "model.blocks: the pipeline is cut between blocks, evenly",
-        "account_for_loss_in_pipeline_split": "model.blocks: the pipeline is cut between blocks, evenly",
-        "perform_initialization": "nothing: it is always true here",
+        "num_layers": "set model.blocks or model.layer_pattern",
+        "is_hybrid_model": "leave it out: it is always true here",
+        "moe_layer_freq": "set model.dense_blocks",
+        "num_moe_experts": "set groups.NAME.experts",
+        "params_dtype": "set TransformerConfig.bf16",
+        "pipeline_dtype": "set TransformerConfig.bf16",
+        "autocast_dtype": "set TransformerConfig.bf16",
+        "enable_autocast": "set TransformerConfig.bf16",
+        "transformer_impl": "set model.backend",
+        "moe_grouped_gemm": "set model.backend",
+        "add_bias_linear": "leave it out: linear layers have no bias here, only add_qkv_bias is free",
+        "use_cpu_initialization": "set run.device",
+        "variable_seq_lengths": "set model.sequence_length",
+        "pipeline_model_parallel_layout": "leave it out: the pipeline is cut between blocks, evenly",
+        "num_layers_in_first_pipeline_stage": "leave it out: the pipeline is cut between blocks, evenly",
+        "num_layers_in_last_pipeline_stage": "leave it out: the pipeline is cut between blocks, evenly",
+        "account_for_embedding_in_pipeline_split": "leave it out: the pipeline is cut between blocks, evenly",
+        "account_for_loss_in_pipeline_split": "leave it out: the pipeline is cut between blocks, evenly",
+        "perform_initialization": "leave it out: it is always true here",
     },
     OPTIMIZER: {
-        "lr": "rates",
-        "min_lr": "schedule.final_factor",
-        "decoupled_lr": "rates.embedding and rates.head",
-        "decoupled_min_lr": "schedule.final_factor",
-        "bf16": "TransformerConfig.bf16",
-        "fp16": "TransformerConfig.bf16",
-        "params_dtype": "TransformerConfig.bf16",
-        "use_distributed_optimizer": "DistributedDataParallelConfig.use_distributed_optimizer",
-        "overlap_param_gather": "DistributedDataParallelConfig.overlap_param_gather",
+        "lr": "set rates",
+        "min_lr": "set schedule.final_factor",
+        "decoupled_lr": "set rates.embedding and rates.head",
+        "decoupled_min_lr": "set schedule.final_factor",
+        "bf16": "set TransformerConfig.bf16",
+        "fp16": "set TransformerConfig.bf16",
+        "params_dtype": "set TransformerConfig.bf16",
+        "use_distributed_optimizer": "set DistributedDataParallelConfig.use_distributed_optimizer",
+        "overlap_param_gather": "set DistributedDataParallelConfig.overlap_param_gather",
     },
     DDP: {},
 }
-"""Fields that follow from other settings: field -> where to set it instead."""
+"""Fields that follow from other settings: field -> what to do instead."""
 
 _CALLBACKS = (
     "timers", "finalize_model_grads_func", "grad_scale_func", "moe_grad_scale_func", "mtp_grad_scale_func",
@@ -109,8 +109,8 @@ _CALLBACKS = (
     "output_layer_init_method", "embedding_init_method", "experimental_attention_variant_loss_scale_func",
     "quant_recipe",
 )  # fmt: skip
-DERIVED[TRANSFORMER].update({name: "nothing: it holds a Python object that the program sets" for name in _CALLBACKS})
-DERIVED[OPTIMIZER]["timers"] = "nothing: it holds a Python object that the program sets"
+DERIVED[TRANSFORMER].update({name: "leave it out: the program sets it" for name in _CALLBACKS})
+DERIVED[OPTIMIZER]["timers"] = "leave it out: the program sets it"
 
 
 def value_of(config: Config, name: str, *, section: str = TRANSFORMER) -> Any:

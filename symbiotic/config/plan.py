@@ -238,12 +238,12 @@ def _layout_lines(figures: Plan) -> list[str]:
 
 def _parameter_lines(figures: Plan) -> list[str]:
     width = max(len(role) for role in figures.parameters)
-    lines = [f"{role:<{width}}  {count:>18,}" for role, count in figures.parameters.items()]
+    lines = [f"  {role:<{width}}  {count:>18,}" for role, count in figures.parameters.items()]
     return [
-        f"{'parameters':<{width}}",
+        "parameters",
         *lines,
-        f"{'total':<{width}}  {figures.total:>18,}",
-        f"{'active':<{width}}  {figures.active:>18,}",
+        f"  {'total':<{width}}  {figures.total:>18,}",
+        f"  {'active':<{width}}  {figures.active:>18,}",
     ]
 
 
@@ -257,11 +257,14 @@ def _length_lines(figures: Plan) -> list[str]:
 
 
 def _memory_lines(figures: Plan) -> list[str]:
-    lines = ["memory a rank, GiB   weights  gradients  optimizer  activations (estimate)    total"]
+    titles = ("weights", "gradients", "optimizer", "activations*", "total")
+    lines = ["memory a rank       " + "".join(f"{title:>14}" for title in titles)]
     for rank, memory in enumerate(figures.memory):
-        gib = [value / 2**30 for value in (memory.weights, memory.gradients, memory.optimizer, memory.activations)]
-        lines.append(
-            f"pipeline rank {rank:<4} {gib[0]:>10.3f} {gib[1]:>10.3f} {gib[2]:>10.3f} {gib[3]:>23.3f} "
-            f"{memory.total / 2**30:>8.3f}"
-        )
-    return lines
+        sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
+        lines.append(f"{f'  pipeline rank {rank}':<20}" + "".join(f"{_bytes(size):>14}" for size in sizes))
+    return [*lines, "* an estimate, for evenly used experts"]
+
+
+def _bytes(size: float) -> str:
+    """A number of bytes as a person reads it."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

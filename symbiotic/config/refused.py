@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from symbiotic.config.megatron_fields import DDP, OPTIMIZER, TRANSFORMER
-from symbiotic.config.messages import dotted, shown
+from symbiotic.config.messages import shown
 from symbiotic.config.schema import Config
+
+UNSET = (None, False)
+"""Values of a setting that may only be left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class Refusal:
 
     fields: tuple[str, ...]
     reason: str
-    allowed: tuple[Any, ...] = (None, False)
+    allowed: tuple[Any, ...] = UNSET
     section: str = TRANSFORMER
     device: str | None = None
 
@@ -58,8 +61,6 @@ REFUSALS = (
                     "moe_router_topk_limited_devices", "moe_enable_routing_replay"), reason=_ONE_POOL),
     Refusal(fields=("moe_single_grouped_weight", "moe_single_grouped_bias", "use_transformer_engine_op_fuser"),
             reason=_OWN_PARAMETER),
-    Refusal(fields=("moe_router_enable_expert_bias",),
-            reason="the bias would follow the load over all experts and push whole groups; use a balance loss"),
     Refusal(fields=("moe_router_score_function",), allowed=("softmax", "sigmoid"),
             reason="choosing inside a group is defined for these two only"),
     Refusal(fields=("moe_expert_capacity_factor", "moe_pad_expert_input_to_capacity", "moe_token_dropping",
@@ -150,7 +151,7 @@ def _where(refusal: Refusal) -> str:
 
 
 def _remedy(refusal: Refusal) -> str:
-    if refusal.allowed == (None, False):
+    if refusal.allowed is UNSET:
         return "leave it out"
     return "set it to " + " or ".join(shown(item) for item in refusal.allowed if item is not None)
 
@@ -159,7 +160,8 @@ def refusal_rows() -> list[tuple[str, str, str]]:
     """(setting, values that work, reason) of every refusal, for the documentation."""
     rows = []
     for refusal in REFUSALS:
-        works = "unset" if refusal.allowed == (None, False) else ", ".join(map(shown, refusal.allowed))
-        names = ", ".join(f"`{dotted((refusal.section, name))}`" for name in refusal.fields)
-        rows.append((names, works, refusal.reason + (" (on the CPU)" if refusal.device else "")))
+        works = "unset" if refusal.allowed is UNSET else ", ".join(map(shown, refusal.allowed))
+        names = ", ".join(f"`{name}`" for name in refusal.fields)
+        reason = refusal.reason + (" (on the CPU)" if refusal.device else "")
+        rows.append((f"{refusal.section}: {names}", works, reason))
     return rows

@@ -9,15 +9,13 @@ from symbiotic.config.schema import Config
 
 def roles_of(config: Config) -> list[str]:
     """All roles of the model, in the order of the model: embedding, attention, ..., output layer."""
-    pattern = layer_pattern(config)
     roles = ["embedding", "attention", "norm"]
-    if pattern.dense_blocks:
+    if layer_pattern(config).dense_blocks:
         roles.append("mlp")
-    if pattern.moe_blocks:
-        roles += [f"router.{name}" for name in config.routers]
-        roles += [f"expert.{name}" for name in config.groups]
-        if value_of(config, "moe_shared_expert_intermediate_size") is not None:
-            roles.append("shared_expert")
+    roles += [f"router.{name}" for name in config.routers]
+    roles += [f"expert.{name}" for name in config.groups]
+    if value_of(config, "moe_shared_expert_intermediate_size") is not None:
+        roles.append("shared_expert")
     if not config.model.tie_embeddings:
         roles += ["head", "generation_head"]
     return roles

@@ -14,11 +14,11 @@ def type_names() -> list[str]:
     return [member.name.lower() for member in TokenType if member is not TokenType.PADDING]
 
 
-def default_routers(groups: dict[str, GroupConfig]) -> dict[str, RouterConfig] | None:
+def default_routers(groups: dict[str, GroupConfig]) -> dict[str, RouterConfig]:
     """One router a group, where that needs no choice: one group, or an ``understanding`` and a ``generation`` group.
 
     Returns:
-        Routers named like their groups, or None when the groups don't say which types they serve.
+        Routers named like their groups; empty when the groups' names don't say which types they serve.
     """
     names = list(groups)
     if len(names) == 1:
@@ -27,4 +27,4 @@ def default_routers(groups: dict[str, GroupConfig]) -> dict[str, RouterConfig] |
         understanding = [name for name in type_names() if name not in GENERATED_TYPES]
         types = {"understanding": understanding, "generation": list(GENERATED_TYPES)}
         return {name: RouterConfig(types=types[name], group=name) for name in names}
-    return None
+    return {}

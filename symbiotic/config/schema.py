@@ -105,8 +105,9 @@ class BalanceConfig:
 class ShieldConfig:
     """Gradient shield of the shared experts; the factors by token type stand in the stages."""
 
-    mode: Literal["output"] = setting(
-        "output", "Where the gradient is scaled: at the shared expert's output rows, before its weights and its input."
+    mode: Literal["output", "weights"] = setting(
+        "output",
+        "output scales the gradient at the shared expert's output rows; weights scales its weight gradient only.",
     )
 
 

@@ -180,6 +180,9 @@ class _Target:
         self.last = name
         while rest:
             expected = _without_none(expected)
+            if not (dataclasses.is_dataclass(expected) or typing.get_origin(expected) in (dict, list)):
+                place = dotted(path)
+                raise self._error(f"{place} is a single value and has no key {'.'.join(rest)!r}; write {place}=value")
             self._descend(path, as_list=typing.get_origin(expected) is list)
             step, rest, expected = self._step(expected, rest, path)
             path.append(str(step))
@@ -212,11 +215,7 @@ class _Target:
             return rest[0], rest[1:], arguments[1]
         if shape is dict:
             return ".".join(rest), [], arguments[1]
-        if shape is list:
-            return self._element(rest[0], path), rest[1:], arguments[0]
-        raise self._error(
-            f"{dotted(path)} is a single value and has no key {'.'.join(rest)!r}; write {dotted(path)}=value"
-        )
+        return self._element(rest[0], path), rest[1:], arguments[0]
 
     def _element(self, name: str, path: list[str]) -> int:
         elements = self.holder
@@ -229,7 +228,7 @@ class _Target:
         raise self._error(f"{dotted(path)} has no element {name!r}: {did_you_mean(name, known, what='element')}")
 
     def _error(self, problem: str) -> ConfigError:
-        return ConfigError(f"{COMMAND_LINE}: {self.key}: {problem}")
+        return ConfigError(f"{COMMAND_LINE}: {problem}")
 
 
 def _without_none(expected: Any) -> Any:

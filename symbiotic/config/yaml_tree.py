@@ -67,19 +67,19 @@ def parse_yaml(text: str, *, source: str) -> tuple[Any, dict[KeyPath, int]]:
     Raises:
         ConfigError: the text is no YAML, has a key twice, a key that is no text, an alias or a foreign tag.
     """
-    loader = _Loader(text)
     lines: dict[KeyPath, int] = {}
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         tree = None if node is None else _plain(loader, node, path=(), lines=lines, source=source)
+    except ConfigError:
+        raise
     except yaml.YAMLError as error:
         raise ConfigError(f"{_marked(source, error)}: not valid YAML: {_reason(error)}") from error
     except RecursionError:
         raise ConfigError(f"{source}: not a configuration: nested too deeply") from None
     except (ValueError, OverflowError) as error:  # an impossible date or number
         raise ConfigError(f"{source}: not valid YAML: {error}; quote the value if it is a text") from error
-    finally:
-        loader.dispose()
     return tree, lines
 
 
@@ -94,8 +94,18 @@ def read_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     return parse_yaml(text, source=str(path))
 
 
-def dump_yaml(tree: Any) -> str:
-    """A plain tree as YAML text that :func:`parse_yaml` reads back to the same tree."""
+def dump_yaml(tree: Any, *, flow: bool = False) -> str:
+    """A plain tree as YAML text that :func:`parse_yaml` reads back to the same tree.
+
+    Args:
+        tree: dicts, lists and plain values.
+        flow: one line, lists as ``[a, b]``, without a line break at the end.
+    """
+    if flow:
+        text = yaml.dump(
+            tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**20, default_flow_style=True
+        )
+        return text.removesuffix("...\n").strip()
     return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 

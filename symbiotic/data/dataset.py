@@ -85,7 +85,7 @@ class DocumentDataset:
 
     def padding_sample(self) -> Sample:
         """A sample without a token, to fill up a batch."""
-        return self._reader.read(self.plan(0).pieces.take(slice(0, 0)))
+        return self._reader.read(Pieces.empty())
 
     def plan(self, epoch: int) -> WindowPlan:
         """The windows of an epoch, built when first asked for."""
@@ -167,8 +167,8 @@ class DocumentDataset:
         for image in np.flatnonzero(segment_lengths[images] > self.sequence_length):
             name = self._shards.describe(before + first + int(documents[image]))
             raise DataError(
-                f"{name} holds an image of {segment_lengths[images[image]]} tokens with its control tokens, longer than "
-                f"model.sequence_length {self.sequence_length}; raise it or tokenize the images at a lower resolution"
+                f"{name} holds an image of {segment_lengths[images[image]]} tokens with its control tokens, longer "
+                f"than model.sequence_length {self.sequence_length}; raise it or tokenize the images smaller"
             )
         found = Pieces(
             documents=(before + first + documents).astype(np.int32),
@@ -179,11 +179,11 @@ class DocumentDataset:
 
 
 class SinglePass:
-    """The first epoch of a corpus, and padding behind it: for a validation corpus.
+    """The first epoch of a dataset, and padding behind it: for a validation corpus.
 
-    The order is mixed but never depends on a run's seed, so that the first windows are a fair sample of the
-    corpus and the same ones in every run. Indices past the end give padding, so that every data-parallel rank
-    reads as many microbatches.
+    The windows are in mixed order, so that the first ones are a fair sample of the corpus; give the dataset a
+    constant seed (``sources.VALIDATION_SEED``), so that they are the same ones in every run. Indices past the
+    end give padding, so that every data-parallel rank reads as many microbatches.
     """
 
     def __init__(self, dataset: DocumentDataset) -> None:

@@ -44,7 +44,12 @@ class Pieces:
     @classmethod
     def join(cls, parts: Sequence["Pieces"]) -> "Pieces":
         """The pieces of all parts, part after part."""
-        return cls(*(np.concatenate(arrays) for arrays in zip(*((part.documents, part.starts, part.lengths) for part in parts), strict=True)))
+        return cls(
+            *(
+                np.concatenate(arrays)
+                for arrays in zip(*((part.documents, part.starts, part.lengths) for part in parts), strict=True)
+            )
+        )
 
     def __len__(self) -> int:
         return len(self.documents)

@@ -18,6 +18,7 @@ the codes, row by row, as language-model ids; begin, row-end and end tokens are 
 import contextlib
 import hashlib
 import json
+import logging
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -35,6 +36,8 @@ from symbiotic.errors import DataError
 from symbiotic.files import replacing, sha256_of, write_text
 from symbiotic.tokens.types import TokenType, split_modes
 from symbiotic.tokens.vocabulary import VocabularyLayout
+
+logger = logging.getLogger(__name__)
 
 SHARD_FORMAT = "symbiotic-shard"
 SHARD_VERSION = 1
@@ -95,7 +98,7 @@ class ShardWriter:
         self._tokens_sha256 = hashlib.sha256()
         self._counts = {"segments": Counter(), "tokens": Counter(), "loss_tokens": Counter()}
         self._records: list[DocumentRecord] = []
-        self._finalized = False
+        self._closed = False
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._files = contextlib.ExitStack()
         with contextlib.ExitStack() as opening:
@@ -110,7 +113,7 @@ class ShardWriter:
         return self
 
     def __exit__(self, exception_type: type[BaseException] | None, *details: Any) -> None:
-        if not self._finalized:
+        if not self._closed:
             self.abort()
             if exception_type is None:
                 raise RuntimeError(f"{self.prefix}: the shard was not finalized")
@@ -175,14 +178,14 @@ class ShardWriter:
                 file.write(chunk)
         manifest = self._manifest(index)
         write_text(shard_path(self.prefix, ".manifest.json"), manifest_text(manifest))
-        self._finalized = True
+        self._closed = True
         return manifest
 
     def abort(self) -> None:
         """Remove the temporary files; what stood under the prefix before stays."""
         with contextlib.suppress(_Aborted), self._files:
             raise _Aborted
-        self._finalized = True
+        self._closed = True
 
     def _write_records(self) -> None:
         rows = [asdict(record) for record in self._records]
@@ -333,7 +336,9 @@ class Shard:
         """
         prefix = Path(prefix)
         if format == "megatron":
-            return cls(prefix=prefix, format=format, index=_open_megatron_index(prefix), manifest=None)
+            shard = cls(prefix=prefix, format=format, index=_open_megatron_index(prefix), manifest=None)
+            shard._warn_of_other_eod(vocabulary)
+            return shard
         manifest = read_manifest(prefix)
         _check_files(prefix, manifest, hashed=("index",))
         if vocabulary is not None and manifest["vocabulary"] != vocabulary.digest:
@@ -381,6 +386,18 @@ class Shard:
             (self.tokens[start : start + length], mode)
             for start, length, mode in zip(starts, lengths, modes, strict=True)
         ]
+
+    def _warn_of_other_eod(self, vocabulary: VocabularyLayout | None) -> None:
+        """Say in the log if the documents don't end with the vocabulary's end-of-document token."""
+        last = int(self.tokens[-1])
+        if vocabulary is not None and last != vocabulary.eod:
+            logger.warning(
+                "%s: the last document ends with token %d, the vocabulary's end of document is %d; "
+                "a model trained on this shard sees both as ends",
+                shard_path(self.prefix, ".bin"),
+                last,
+                vocabulary.eod,
+            )
 
     def read_documents(self) -> pa.Table:
         """The document table, row = document.

@@ -92,8 +92,8 @@ class ShardSet:
         if not rows.all():
             wrong = int(np.argmin(rows))
             raise DataError(
-                f"{shard_path(shard.prefix, '.bin')}: token {int(starts[wrong])} is {int(tokens[wrong])}, no resolution "
-                "of the vocabulary, where an image starts; check the shard with tools/verify_data.py"
+                f"{shard_path(shard.prefix, '.bin')}: token {int(starts[wrong])} is {int(tokens[wrong])}, no "
+                "resolution of the vocabulary, where an image starts; check the shard with tools/verify_data.py"
             )
         return rows, columns
 
@@ -102,8 +102,8 @@ class ShardSet:
 class _Segments:
     """Segments of the pieces of a window, in order.
 
-    ``start`` and ``length`` count the shard's tokens, ``content`` those of the stream without end-of-document
-    token; ``low`` and ``high`` bound the stretch of the stream's that the window needs.
+    ``start`` and ``length`` count tokens of the shard, ``content`` tokens of the stream without the end of the
+    document; ``low`` and ``high`` bound the stretch of the segment's stream that the window needs.
     """
 
     piece_K: np.ndarray
@@ -119,6 +119,7 @@ class _Segments:
     high_K: np.ndarray
 
     def keep(self, mask: np.ndarray) -> "_Segments":
+        """The segments where ``mask`` is True."""
         return _Segments(**{name: values[mask] for name, values in vars(self).items()})
 
 
@@ -142,7 +143,7 @@ class WindowReader:
         Returns:
             ``tokens`` and ``labels`` int64 [s]; ``token_types``, ``loss_classes`` int8 [s]; ``loss_weights``
             float32 [s], 1 where the label is trained on; ``document_ids`` int32 [s], counted from 0 in the
-            window; ``image_span_ids`` int32 [s], counted from 0, from begin to end token of an image; and
+            window; ``image_span_ids`` int32 [s], one increasing number from the begin to the end token of an image; and
             ``documents`` int64 [pieces, 2], the shard of each piece and its document's number there.
 
         Raises:
@@ -257,7 +258,10 @@ class WindowReader:
         return raw, segments.start_K + shift_P[np.cumsum(new_piece) - 1]
 
     def _refuse_tokens(self, raw: np.ndarray, segments: _Segments) -> None:
-        names = sorted({str(shard_path(self._shards.shards[shard].prefix, ".bin")) for shard in segments.shard_K.tolist()})
+        """Raise a DataError that names the shards of the window."""
+        names = sorted(
+            {str(shard_path(self._shards.shards[shard].prefix, ".bin")) for shard in segments.shard_K.tolist()}
+        )
         wrong = int(raw[(raw >= self._token_limit) | (raw < 0)][0])
         raise DataError(
             f"{' or '.join(names)}: holds id {wrong}, outside the {self._token_limit} ids the vocabulary allows here; "

@@ -6,13 +6,10 @@ times out. The functions work without process groups too, where they just call t
 
 import pickle
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch.distributed as dist
 
 from symbiotic.errors import UserError
-
-Value = TypeVar("Value")
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -20,7 +17,7 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
-def on_rank_zero(action: Callable[[], Value]) -> Value:
+def on_rank_zero[Value](action: Callable[[], Value]) -> Value:
     """Run ``action`` on rank 0 and return its (picklable) value on every rank.
 
     Raises:
@@ -45,7 +42,7 @@ def on_rank_zero(action: Callable[[], Value]) -> Value:
     return value
 
 
-def on_every_rank(action: Callable[[], Value]) -> Value:
+def on_every_rank[Value](action: Callable[[], Value]) -> Value:
     """Run ``action``, which must not communicate, on every rank and return this rank's value.
 
     Raises:
@@ -68,7 +65,7 @@ def on_every_rank(action: Callable[[], Value]) -> Value:
     return value
 
 
-def gather(action: Callable[[], Value]) -> list[Value]:
+def gather[Value](action: Callable[[], Value]) -> list[Value]:
     """Run ``action``, which must not communicate, on every rank; all (picklable) values in rank order.
 
     Raises:

@@ -11,38 +11,37 @@ anything imports ``megatron.core`` (names such as ``torch.compile`` are bound wh
 way back: a process that needs the real ``torch.cuda`` is another process.
 """
 
+import contextlib
 import functools
+import importlib.metadata
 import logging
 import os
 import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from symbiotic.distributed.cpu_optimizer import AdamW
 from symbiotic.errors import LaunchError
 
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
 
-GPU_ONLY_PACKAGES = ("transformer_engine", "transformer_engine_torch", "apex", "amp_C", "fused_weight_gradient_mlp_cuda")
-"""Packages whose kernels need a GPU. They are hidden, so that Megatron takes its own torch code instead."""
-
-PRIVATE_NAMES = (
-    ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state"),
-    ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state"),
-    ("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"),
-    ("megatron.core.optimizer", "Adam"),
-    ("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER"),
-    ("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE"),
-    ("megatron.core.optimizer.distrib_optimizer", "USING_APEX_OPTIMIZER"),
+GPU_ONLY_PACKAGES = (
+    "transformer_engine",
+    "transformer_engine_torch",
+    "apex",
+    "amp_C",
+    "fused_weight_gradient_mlp_cuda",
 )
-"""Every name inside Megatron that this module replaces, as (module, name); a test checks that each exists."""
+"""Packages whose kernels need a GPU. They are hidden, so that Megatron takes its own torch code instead."""
 
 _FACTORIES = (
     "arange", "as_tensor", "asarray", "empty", "empty_like", "empty_permuted", "empty_strided", "eye", "full",
@@ -95,7 +94,7 @@ def enter_cpu_device() -> None:
         )
     _entered = True
     # torch.optim imports it sooner or later, and it lists the functions of torch.cuda: the real ones, by then.
-    import torch._dynamo  # noqa: F401
+    import torch._dynamo
 
     for package in GPU_ONLY_PACKAGES:
         sys.modules.setdefault(package, None)  # None makes `import package` raise ImportError
@@ -306,12 +305,12 @@ def _answer_for_cuda() -> None:
     torch.accelerator.device_count = _zero
     torch.accelerator.current_accelerator = _nothing
 
-    import torch.distributed as dist
-
     barrier = dist.barrier
 
     @functools.wraps(barrier)
-    def barrier_without_devices(group=None, async_op=False, device_ids=None):
+    def barrier_without_devices(
+        group: dist.ProcessGroup | None = None, async_op: bool = False, device_ids: list[int] | None = None
+    ) -> dist.Work | None:
         return barrier(group=group, async_op=async_op)
 
     dist.barrier = barrier_without_devices
@@ -330,32 +329,54 @@ def _split_sizes(tensor: Any, as_numpy: bool = False, record_stream: bool = Fals
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+_MEGATRON_REPLACEMENTS: dict[tuple[str, str], Any] = {
+    ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state"): _get_rng_state,
+    ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state"): _set_rng_state,
+    ("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu"): _split_sizes,
+    # Megatron treats an Adam that keeps its step in the parameter group as apex's: see cpu_optimizer.
+    ("megatron.core.optimizer", "Adam"): AdamW,
+    ("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER"): False,
+    ("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE"): True,
+    ("megatron.core.optimizer.distrib_optimizer", "USING_APEX_OPTIMIZER"): True,
+}
+
+PRIVATE_NAMES = tuple(_MEGATRON_REPLACEMENTS)
+"""Every name inside Megatron that this module replaces, as (module, name); a test checks that each exists."""
+
+
+def _adapt_megatron() -> None:
+    """Import megatron-core and replace the names of PRIVATE_NAMES."""
+    with _without_gpu_warnings():
+        import megatron.core.models.hybrid.hybrid_model
+        import megatron.core.models.mimo.model.base  # noqa: F401  (get_megatron_optimizer imports it)
+    for (module_name, name), replacement in _MEGATRON_REPLACEMENTS.items():
+        module = importlib.import_module(module_name)
+        if not hasattr(module, name):
+            raise LaunchError(
+                f"megatron-core {importlib.metadata.version('megatron-core')} has no {module_name}.{name}, which the "
+                "device cpu replaces; install megatron-core>=0.19.2,<0.20"
+            )
+        setattr(module, name, replacement)
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(_SharedGeneratorFilter())
+
+
+@contextlib.contextmanager
+def _without_gpu_warnings() -> Iterator[None]:
+    """Leave out what megatron-core says on import about missing GPU libraries: here that is the intended state."""
+    extensions = logging.getLogger("torch.utils.cpp_extension")
+    level = extensions.level
+    extensions.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
+            warnings.filterwarnings("ignore", message=".*MimoModelConfig is experimental.*")
+            yield
+    finally:
+        extensions.setLevel(level)
+
+
 class _SharedGeneratorFilter(logging.Filter):
     """Drops Megatron's warning that the CPU's random state moved while the GPU's was forked: here they are one."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return "CPU RNG state changed within GPU RNG context" not in record.getMessage()
-
-
-def _adapt_megatron() -> None:
-    """Import megatron-core and replace the names of PRIVATE_NAMES."""
-    with warnings.catch_warnings():
-        # On this device the absence of Transformer Engine and apex is the intended state.
-        warnings.filterwarnings("ignore", message=".*Apex (is|are) not installed.*")
-        import megatron.core.models.hybrid.hybrid_model  # noqa: F401
-        from megatron.core import optimizer
-        from megatron.core.optimizer import distrib_optimizer
-        from megatron.core.tensor_parallel import random as tensor_parallel_random
-        from megatron.core.transformer.moe import token_dispatcher
-
-    from symbiotic.distributed.cpu_optimizer import AdamW
-
-    tensor_parallel_random._get_cuda_rng_state = _get_rng_state
-    tensor_parallel_random._set_cuda_rng_state = _set_rng_state
-    logging.getLogger(tensor_parallel_random.__name__).addFilter(_SharedGeneratorFilter())
-    token_dispatcher.maybe_move_tensor_to_cpu = _split_sizes
-    # Megatron treats an Adam with its step in the parameter group as apex's: see cpu_optimizer.
-    optimizer.Adam = AdamW
-    optimizer.USING_PYTORCH_OPTIMIZER = False
-    distrib_optimizer.HAVE_APEX_OR_TE = True
-    distrib_optimizer.USING_APEX_OPTIMIZER = True

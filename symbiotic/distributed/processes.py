@@ -1,12 +1,13 @@
 """Start and end of the processes of a run: who am I, where do we meet, which groups do we form.
 
 A process learns its place from torchrun (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ...), from ``srun`` with one
-task a rank (``SLURM_PROCID``, ``SLURM_NTASKS``, ...), or is alone. The processes meet at the address that the
+task a rank (``SLURM_PROCID``, ``SLURM_STEP_NUM_TASKS``, ...), or is alone. The processes meet at the address that the
 launcher names and nowhere else.
 """
 
 import logging
 import os
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -41,10 +42,10 @@ def read_place(environment: Mapping[str, str]) -> Place:
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _place_from(environment, launcher="torchrun", names=("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
-        return _place_from(
-            environment, launcher="slurm", names=("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-        )
+    # Only srun sets this one: a batch script has SLURM_NTASKS too, and is one process.
+    if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+        return _place_from(environment, launcher="slurm", names=names)
     return Place(rank=0, world_size=1, local_rank=0, address=None, port=None, launcher="single")
 
 
@@ -167,12 +168,9 @@ def _meet(place: Place, *, device: str, timeout: timedelta) -> None:
     if dist.is_initialized():
         raise LaunchError("the processes are initialised already; call destroy_processes() before starting again")
     if device == "cuda":
-        if place.local_rank >= torch.cuda.device_count():
-            raise LaunchError(
-                f"rank {place.rank} is process {place.local_rank} of its node, which has {torch.cuda.device_count()} "
-                "GPUs; start one process a GPU"
-            )
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(_gpu_of(place, visible=torch.cuda.device_count()))
+    elif place.address in (None, "localhost", "127.0.0.1", "::1"):
+        _stay_on_this_machine()
     arguments = {
         "backend": "nccl" if device == "cuda" else "gloo",
         "rank": place.rank,
@@ -191,6 +189,25 @@ def _meet(place: Place, *, device: str, timeout: timedelta) -> None:
             f"({reason}); check MASTER_ADDR, MASTER_PORT and that every node can reach them"
         ) from error
     log.info("rank %d of %d, started by %s, device %s", place.rank, place.world_size, place.launcher, device)
+
+
+def _gpu_of(place: Place, *, visible: int) -> int:
+    """The index of this process's GPU among the visible ones: its own one, or the only one that Slurm shows it."""
+    if place.launcher == "slurm" and visible == 1:
+        return 0
+    if place.local_rank >= visible:
+        raise LaunchError(
+            f"rank {place.rank} is process {place.local_rank} of its node, which shows it {visible} GPUs; start one "
+            "process a GPU"
+        )
+    return place.local_rank
+
+
+def _stay_on_this_machine() -> None:
+    """Let gloo use the loopback interface, where it would look up the host's own name."""
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
 
 
 def destroy_processes() -> None:

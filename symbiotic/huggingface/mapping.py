@@ -10,7 +10,7 @@ Checkpoint keys are HybridModel's: attention and the MLP or mixture of block ``i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -89,7 +89,6 @@ class Row:
         layout: shapes and the way between them; without the expert axis.
         expert: index on the leading expert axis, None for a tensor without one.
         num_experts: length of the expert axis, None likewise.
-        alternative: the key under which Transformer Engine's layers keep the same tensor, if they differ.
     """
 
     megatron: str
@@ -97,19 +96,12 @@ class Row:
     layout: Layout
     expert: int | None = None
     num_experts: int | None = None
-    alternative: str | None = None
 
     @property
     def stored_shape(self) -> Shape:
         """Shape of the checkpoint's whole tensor, all experts included."""
         shape = self.layout.megatron_shape
         return shape if self.num_experts is None else (self.num_experts, *shape)
-
-    def key_in(self, keys: Container[str]) -> str:
-        """Whichever of the row's keys stands in ``keys``; ``megatron`` if none does."""
-        if self.alternative is not None and self.megatron not in keys and self.alternative in keys:
-            return self.alternative
-        return self.megatron
 
     def to_huggingface(self, tensor: Tensor) -> dict[str, Tensor]:
         """Read the row from left to right: a tensor of ``layout.megatron_shape`` -> the exported tensors."""
@@ -164,7 +156,6 @@ def _attention_rows(config: SymbioticConfig, block: int) -> list[Row]:
             f"{megatron}input_layernorm.weight",
             (f"{target}input_layernorm.weight",),
             same(config.hidden_size),
-            alternative=f"{attention}linear_qkv.layer_norm_weight",
         ),
         Row(
             f"{attention}linear_qkv.weight",
@@ -196,7 +187,6 @@ def _dense_rows(config: SymbioticConfig, block: int) -> list[Row]:
             f"{megatron}pre_mlp_layernorm.weight",
             (f"{target}post_attention_layernorm.weight",),
             same(config.hidden_size),
-            alternative=f"{megatron}mlp.linear_fc1.layer_norm_weight",
         ),
         *_mlp_rows(config, f"{megatron}mlp.", f"{target}mlp.", size=config.intermediate_size),
     ]

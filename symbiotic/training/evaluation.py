@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -17,28 +18,35 @@ SourceLosses = dict[str, dict[str, float]]
 """Source -> loss class -> mean held-out loss in nats; a class without labels in the source is left out."""
 
 
-def evaluate(
-    chunks: Sequence[DistributedDataParallel], loaders: Mapping[str, StepLoader], *, num_batches: int
-) -> SourceLosses:
+@dataclass(frozen=True)
+class HeldOut:
+    """A validation source: the same first ``num_batches`` global batches in every evaluation."""
+
+    loader: StepLoader
+    num_batches: int
+
+
+def evaluate(chunks: Sequence[DistributedDataParallel], sources: Mapping[str, HeldOut]) -> SourceLosses:
     """Mean loss of each class in each validation source.
 
     Args:
         chunks: this rank's model chunks.
-        loaders: source -> its global batches; the same first ones are read in every evaluation.
-        num_batches: global batches of each source.
+        sources: validation sources by name.
 
     Returns:
         The same on every rank.
     """
     losses: SourceLosses = {}
     with evaluating(chunks):
-        for source, loader in loaders.items():
+        for name, source in sources.items():
             sums = sum(
-                run_schedule(chunks, loader(index), _sums_and_weights, forward_only=True, num_sums=2 * NUM_CLASSES)
-                for index in range(num_batches)
+                run_schedule(
+                    chunks, source.loader(index), _sums_and_weights, forward_only=True, num_sums=2 * NUM_CLASSES
+                )
+                for index in range(source.num_batches)
             )
             loss_sums, weights = sum_over_ranks(sums).split(NUM_CLASSES)
-            losses[source] = mean_by_class(loss_sums, weights)
+            losses[name] = mean_by_class(loss_sums, weights)
     return losses
 
 

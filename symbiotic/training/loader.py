@@ -92,6 +92,4 @@ class StepLoader:
 
 def _to_device(batch: Microbatch) -> dict[str, Any]:
     device = torch.cuda.current_device()
-    return {
-        name: value.to(device, non_blocking=True) if name in TENSORS else value for name, value in batch.items()
-    }
+    return {name: value.to(device, non_blocking=True) if name in TENSORS else value for name, value in batch.items()}

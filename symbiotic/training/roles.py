@@ -52,7 +52,7 @@ class RoleRates:
             rate = match_role(role, rates)
             if rate is None:
                 raise ConfigError(
-                    f"rates: the role {role!r} has no learning rate; add 'rates.{role}=<rate>' or a pattern that matches it "
+                    f"rates: the role {role!r} has no learning rate; set rates.{role}, or a pattern that matches it "
                     "(0.0 freezes it)"
                 )
             peak[role] = float(rate)

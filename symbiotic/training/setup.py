@@ -31,8 +31,8 @@ def step_to_resume(config: Config, store: CheckpointStore) -> int | None:
     step = store.newest_complete()
     if step is not None and config.checkpoint.resume == "never":
         raise CheckpointError(
-            f"{store.folder} holds a checkpoint of step {step}, but checkpoint.resume is never; set it to auto, or choose "
-            "another run.folder"
+            f"{store.folder} holds a checkpoint of step {step}, but checkpoint.resume is never; set it to auto, or "
+            "choose another run.folder"
         )
     return step
 
@@ -74,8 +74,8 @@ def _starting_partition(config: Config) -> ExpertPartition:
     loaded.check(sizes, layer_pattern(config).moe_blocks, source=str(folder / "partition.json"))
     if config.partition.method == "file" and loaded.hash != configured.hash:
         raise CheckpointError(
-            f"{folder / 'partition.json'}: its hash is {loaded.hash}, that of partition.path={config.partition.path} is "
-            f"{configured.hash}; remove partition.path, or load the checkpoint that was split by that table"
+            f"{folder / 'partition.json'}: its hash is {loaded.hash}, that of partition.path={config.partition.path} "
+            f"is {configured.hash}; remove partition.path, or load the checkpoint that was split by that table"
         )
     return loaded
 
@@ -83,19 +83,15 @@ def _starting_partition(config: Config) -> ExpertPartition:
 def run_identity(config: Config, *, rates: RoleRates, vocabulary: VocabularyLayout) -> dict[str, Any]:
     """What must not change between the launches of one run, as plain values.
 
-    Weights and partition are compared on their own: their keys and shapes, its hash.
+    Weights, partition and corpora are compared on their own: by keys and shapes, by hash, by the dataset.
     """
-    data = config.data
     return {
         "stages": rates.stages.to_list(),
         "rates": dict(rates.peak),
         "data": {
             "vocabulary": vocabulary.digest,
-            "seed": config.data_seed,
-            "packing": data.packing,
             "sequence_length": config.model.sequence_length,
             "global_batch_size": config.training.global_batch_size,
-            "sources": {source.name: source.weight for source in data.sources},
         },
     }
 

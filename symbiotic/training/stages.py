@@ -9,6 +9,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from symbiotic.tokens.types import NUM_TOKEN_TYPES, LossClass, type_by_name
@@ -50,7 +51,7 @@ class StageTable:
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         assert stages and stages[0].start == 0, "the first stage starts at step 0"
-        assert all(left.end == right.start for left, right in zip(stages, stages[1:], strict=False)), "no gap"
+        assert all(left.end == right.start for left, right in pairwise(stages)), "no gap"
         self.stages = tuple(stages)
         self._starts = [stage.start for stage in stages]
 

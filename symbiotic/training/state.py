@@ -29,6 +29,17 @@ class TrainState:
     labels: list[float] = field(default_factory=lambda: [0.0] * len(LossClass))
     skipped: int = 0
 
+    def count(self, *, applied: bool, labels: torch.Tensor) -> None:
+        """Count a step.
+
+        Args:
+            applied: whether the parameters were updated.
+            labels: float64 [3] loss weights by class over the global batch.
+        """
+        self.step += 1
+        self.skipped += not applied
+        self.labels = [before + now for before, now in zip(self.labels, labels.tolist(), strict=True)]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
         return {"step": self.step, "labels": list(self.labels), "skipped": self.skipped}
@@ -36,7 +47,8 @@ class TrainState:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
         """Read what ``to_dict`` wrote."""
-        return cls(step=int(values["step"]), labels=[float(x) for x in values["labels"]], skipped=int(values["skipped"]))
+        labels = [float(weight) for weight in values["labels"]]
+        return cls(step=int(values["step"]), labels=labels, skipped=int(values["skipped"]))
 
 
 def seed_everything(seed: int, *, pipeline_rank: int) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
@@ -103,5 +102,3 @@ def connect(config: TransformerConfig, chunks: Sequence[Any], optimizer: Megatro
             config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in chunks])
     if ddp.overlap_param_gather and ddp.align_param_gather:
         config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks])
-
-

@@ -1,96 +1,86 @@
-"""The training loop and the run around it."""
+"""The training loop: next batch, step, schedule. Everything else is a callback."""
 
 from __future__ import annotations
 
-import logging
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from megatron.core import parallel_state
 
-from symbiotic.config import Config, check_world_size, layer_pattern, parallel_layout, save_config
-from symbiotic.config.megatron import ddp_config, optimizer_config, resolved_device, transformer_config
-from symbiotic.distributed.agreement import on_rank_zero
-from symbiotic.distributed.processes import destroy_processes, initialize_processes, read_place
-from symbiotic.errors import ConfigError, UserError
+from symbiotic.config import Config
 from symbiotic.model.shield import set_shield_factors
-from symbiotic.tokens.vocabulary import VocabularyLayout
 from symbiotic.training.callbacks.base import Callback, Event
-from symbiotic.training.callbacks.checkpointing import Checkpointing
-from symbiotic.training.callbacks.console import Console
-from symbiotic.training.callbacks.evaluation import Evaluation
-from symbiotic.training.callbacks.jsonl import JsonLines
-from symbiotic.training.callbacks.metrics import StepMetrics
-from symbiotic.training.callbacks.scalars import TensorBoard, WeightsAndBiases
-from symbiotic.training.callbacks.signals import StopOnSignal
-from symbiotic.training.checkpoint.manager import CheckpointManager
-from symbiotic.training.checkpoint.storage import CheckpointStore, find_checkpoint
-from symbiotic.training.chunks import build_chunks, wrap_chunks
-from symbiotic.training.data import training_loader, validation_loaders
-from symbiotic.training.exits import EXIT_FILE, FAILED, FINISHED, STOPPED_RESUMABLE, Verdict, read_verdict
-from symbiotic.training.optimizer import build_optimizer, count_by_role
-from symbiotic.training.roles import RoleRates, rate_table
-from symbiotic.training.schedule import Schedule
-from symbiotic.training.setup import (
-    balance_names,
-    choose_partition,
-    model_shape,
-    run_identity,
-    step_to_resume,
-)
-from symbiotic.training.stages import Stage, StageTable
-from symbiotic.training.state import TrainState, seed_everything
+from symbiotic.training.exits import FINISHED, STOPPED_RESUMABLE, Verdict
+from symbiotic.training.loader import StepLoader
+from symbiotic.training.stages import Stage
+from symbiotic.training.state import TrainState
 from symbiotic.training.step import TrainStep
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from symbiotic.training.checkpoint.manager import CheckpointManager
 
 
 class Trainer:
-    """Trains one run from a configuration. The process groups exist; every rank builds a Trainer.
+    """Trains one run. Built on every rank by ``symbiotic.training.build.build_trainer``.
 
     Args:
         config: the resolved configuration.
+        step: runs one optimizer step.
+        data: reads the microbatches of a step.
+        checkpoints: saves and restores the run.
+        callbacks: called in this order at every hook.
 
     Attributes:
-        config: the resolved configuration.
-        folder: the run folder.
         state: counters of the run.
-        stages: the stages.
-        last_step: number of steps of the whole run.
+        stages: its stages.
         chunks: this rank's wrapped model chunks.
-        num_microbatches: microbatches of this rank in a step.
-        resumed_step: the step this launch went on from, None for a fresh start.
-        data_seconds: how long reading the last step's batches took.
+        folder: the run folder.
+        last_step: number of steps of the whole run.
+        resumed_step: the step this launch goes on from, None for a fresh start.
+        data_seconds: how long reading the current step's batches took.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        step: TrainStep,
+        data: StepLoader,
+        checkpoints: CheckpointManager,
+        callbacks: Sequence[Callback],
+    ) -> None:
         self.config = config
-        self.folder = Path(config.run.folder)
+        self.data = data
+        self.stages = step.rates.stages
+        self.callbacks = list(callbacks)
         self.state = TrainState()
-        self.stages = StageTable.from_config(config)
+        self.chunks = step.chunks
+        self.folder = Path(config.run.folder)
         self.last_step = config.training.steps
         self.resumed_step: int | None = None
         self.data_seconds = 0.0
+        self._step = step
+        self._checkpoints = checkpoints
+        self._origin: Event | None = None
         self._stop_reason: str | None = None
-        self._build()
-        self._exit_step = min(self.last_step, self.state.step + (config.training.exit_after_steps or self.last_step))
 
     def fit(self) -> Verdict:
         """Train to the last step, to ``training.exit_after_steps`` or to a stop request; the end is saved."""
+        exit_step = self._exit_step()
         self._call("on_start")
+        if self._origin is not None:
+            self.log(self._origin)
         stage = None
-        while self.state.step < self._exit_step and not self._stop_agreed():
+        while self.state.step < exit_step and not self._stop_agreed():
             stage = self._enter_stage(self.stages.at(self.state.step), left=stage)
             batches = self._read_batches(self.state.step)
             self._call("before_step")
             result = self._step(batches, step=self.state.step)
-            self.state.count(result)
+            self.state.count(applied=result.applied, labels=result.totals)
             self._call("after_step", result)
-        verdict = self._verdict()
+        verdict = self._verdict(exit_step)
         self._call("on_end", verdict)
         return verdict
 
@@ -99,13 +89,34 @@ class Trainer:
         self._call("on_event", event)
 
     def request_stop(self, reason: str) -> None:
-        """Stop at the next step boundary, saved and resumable. May be called on one rank only, or by a signal handler."""
+        """Stop at the next step boundary, saved and resumable. One rank's request, or a signal handler's, is enough."""
         self._stop_reason = reason
 
     def save_checkpoint(self) -> Path:
         """Save the run as it is now. Collective."""
         states = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
         return self._checkpoints.save(self.state, callbacks=states)
+
+    def resume(self, step: int) -> None:
+        """Go on from this run's checkpoint after ``step``. Collective.
+
+        Raises:
+            CheckpointError: it is damaged, or of another run.
+        """
+        self.state, states = self._checkpoints.resume(step)
+        self.resumed_step = step
+        self._origin = {"event": "resume", "step": step, "path": str(self._checkpoints.store.path(step))}
+        for callback in self.callbacks:
+            callback.load_state_dict(states.get(type(callback).__name__, {}))
+
+    def load_weights(self, folder: Path) -> None:
+        """Start at step 0 from the weights of a checkpoint of another run. Collective.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model.
+        """
+        self._checkpoints.load_weights(folder)
+        self._origin = {"event": "load", "step": 0, "path": str(folder)}
 
     def close(self) -> None:
         """Let the callbacks release files and signals."""
@@ -116,8 +127,12 @@ class Trainer:
         for callback in self.callbacks:
             getattr(callback, hook)(self, *arguments)
 
+    def _exit_step(self) -> int:
+        limit = self.config.training.exit_after_steps
+        return self.last_step if limit is None else min(self.last_step, self.state.step + limit)
+
     def _enter_stage(self, stage: Stage, *, left: Stage | None) -> Stage:
-        """Set what a stage fixes for its whole length; rates, loss weights and mixture are looked up by step."""
+        """Set what the model holds for a whole stage; rates, loss weights and mixture are looked up by step."""
         if stage is not left:
             set_shield_factors(self.chunks, stage.shield)
             self._call("on_stage", stage)
@@ -126,66 +141,21 @@ class Trainer:
 
     def _read_batches(self, step: int) -> list[dict[str, Any]]:
         started = time.perf_counter()
-        batches = self._data(step)
+        batches = self.data(step)
         self.data_seconds = time.perf_counter() - started
         return batches
 
     def _stop_agreed(self) -> bool:
-        """Whether any rank was asked to stop; all ranks get the same answer and reason."""
+        """Whether any rank was asked to stop: the same answer on all ranks."""
         asked = torch.tensor([int(self._stop_reason is not None)], device=torch.cuda.current_device())
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         return bool(asked.item())
 
-    def _verdict(self) -> Verdict:
+    def _verdict(self, exit_step: int) -> Verdict:
         step = self.state.step
         if step >= self.last_step:
             return Verdict(FINISHED, step, f"all {self.last_step} steps are done")
-        if self._stop_reason is not None or step < self._exit_step:
-            return Verdict(STOPPED_RESUMABLE, step, self._stop_reason or "another rank was asked to stop")
-        return Verdict(STOPPED_RESUMABLE, step, f"training.exit_after_steps = {self.config.training.exit_after_steps}")
-
-    def _build(self) -> None:
-        """Model, optimizer, data, checkpoints and callbacks, restored from the checkpoint they start from."""
-        config = self.config
-        store = CheckpointStore(
-            self.folder / "checkpoints",
-            keep=config.checkpoint.keep,
-            keep_every=config.checkpoint.keep_every,
-            verify=config.checkpoint.verify,
-        )
-        self.resumed_step = step_to_resume(config, store)
-        resume_from = None if self.resumed_step is None else store.path(self.resumed_step)
-        vocabulary = VocabularyLayout.load(config.model.vocabulary)
-        partition = choose_partition(config, resume_from=resume_from)
-        transformer = transformer_config(config)
-        seed_everything(config.run.seed, pipeline_rank=parallel_state.get_pipeline_model_parallel_rank())
-        chunks = build_chunks(config, transformer=transformer, partition=partition, vocabulary=vocabulary)
-        self.chunks = wrap_chunks(chunks, transformer=transformer, ddp=ddp_config(config))
-        counts = count_by_role(self.chunks)
-        schedule = Schedule.from_config(config.schedule, steps=self.last_step)
-        rates = RoleRates.build(counts, config.rates, schedule=schedule, stages=self.stages)
-        optimizer = build_optimizer(optimizer_config(config), self.chunks, roles=counts)
-        self._step = TrainStep(self.chunks, optimizer, rates)
-        self._data = training_loader(config, vocabulary=vocabulary, stages=self.stages)
-        self.num_microbatches = self._data.num_microbatches
-        self._checkpoints = CheckpointManager(
-            store,
-            chunks=self.chunks,
-            optimizer=optimizer,
-            partition=partition,
-            config=config.to_dict(),
-            identity=run_identity(config, rates=rates, vocabulary=vocabulary),
-        )
-        on_rank_zero(lambda: self._write_run_folder(partition))
-        if torch.distributed.get_rank() == 0:
-            print(rate_table(rates, counts), flush=True)
-        shape = model_shape(config, transformer=transformer, vocabulary=vocabulary)
-        metrics = StepMetrics(
-            interval=config.logging.interval,
-            shape=shape,
-            bf16=transformer.bf16,
-            balance_names=balance_names(config, transformer),
-            moe_layers=[symbol == "E" for symbol in layer_pattern(config).text()],
-        )
-        self.callbacks = self._make_callbacks(metrics, vocabulary)
-        self._restore()
+        if step >= exit_step:
+            limit = self.config.training.exit_after_steps
+            return Verdict(STOPPED_RESUMABLE, step, f"training.exit_after_steps={limit}")
+        return Verdict(STOPPED_RESUMABLE, step, self._stop_reason or "another rank was asked to stop")

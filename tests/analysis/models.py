@@ -1,11 +1,17 @@
 """A random exported model of a few thousand parameters, and a vocabulary for it."""
 
+import numpy as np
 import torch
+from tokenizers import Regex, Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import PreTrainedTokenizerFast
 
 from symbiotic.analysis.exported_model import ExportedModel
-from symbiotic.analysis.sequences import SequenceBuilder
+from symbiotic.analysis.sequences import TokenSequence
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
 from symbiotic.huggingface.modeling.modeling_symbiotic import SymbioticForCausalLM
+from symbiotic.huggingface.modeling.processing_symbiotic import SymbioticProcessor
 
 IMAGES = {
     "begin_understanding_image": 30,
@@ -18,9 +24,21 @@ IMAGES = {
 }
 
 
-def encode(text):
-    """Lower-case letters as ids 0 to 25, everything else as 26."""
-    return [ord(letter) - 97 if "a" <= letter <= "z" else 26 for letter in text]
+def text_sequence(ids):
+    """Ids that are all text."""
+    ids = np.array(list(ids), dtype=np.int64)
+    return TokenSequence(ids, np.zeros(len(ids), dtype=np.int8))
+
+
+def tiny_processor():
+    """Lower-case letters are ids 0 to 25, every other character is 26."""
+    letters = {letter: index for index, letter in enumerate("abcdefghijklmnopqrstuvwxyz?")}
+    tokenizer = Tokenizer(WordLevel(letters | {"<pad>": 28, "<eod>": 29}, unk_token="?"))
+    tokenizer.pre_tokenizer = Split(Regex("."), behavior="isolated")
+    return SymbioticProcessor(
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", pad_token="<pad>", eos_token="<eod>"),
+        image_vocabulary=IMAGES,
+    )
 
 
 def tiny_model(*, batch_size=4):
@@ -43,8 +61,8 @@ def tiny_model(*, batch_size=4):
         router_of_token_type=["understanding"] * 2 + ["generation"] + ["understanding"] * 13,
         expert_groups={"understanding": [[0, 1, 2, 3], [0, 1, 2, 5]], "generation": [[4, 5], [3, 4]]},
         image_vocabulary=IMAGES,
-        unused_token_ranges=[[37, 40]],
+        unused_token_ranges=[[27, 28], [31, 32], [37, 40]],
         eos_token_id=29,
         pad_token_id=28,
     )
-    return ExportedModel(SymbioticForCausalLM(config), SequenceBuilder(encode, IMAGES), batch_size=batch_size)
+    return ExportedModel(SymbioticForCausalLM(config), tiny_processor(), batch_size=batch_size)

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from symbiotic.analysis.exported_model import ExportedModel
-from symbiotic.analysis.sequences import TokenSequence
-from symbiotic.errors import CheckpointError
+from symbiotic.analysis.sequences import TokenSequence, image_to_draw, whole_image
+from symbiotic.errors import CheckpointError, DataError
+from symbiotic.tokens.documents import ImageUse
 from tests.analysis.models import tiny_model
 
 
@@ -22,13 +23,10 @@ def log_probabilities(exported, sequence):
 
 
 def documents(exported):
-    builder = exported.builder
-    generator = np.random.default_rng(1)
+    generator, read = np.random.default_rng(1), ImageUse.UNDERSTAND
     return [
-        TokenSequence.join(
-            [builder.text("read" * (n % 3 + 1)), builder.image(generator.integers(8, size=(2, 2)), use=use)]
-        )
-        for n, use in enumerate(["understand", "generate", "understand", "generate", "understand"])
+        exported.sequence("read" * (n % 3 + 1), whole_image(generator.integers(8, size=(2, 2)), use=use))
+        for n, use in enumerate([read, ImageUse.GENERATE, read, ImageUse.GENERATE, read])
     ]
 
 
@@ -41,7 +39,7 @@ def test_token_log_likelihoods_in_padded_batches_equal_those_of_single_sequences
 
 def test_candidates_after_a_shared_cache_equal_whole_sequences(exported):
     prefixes = documents(exported)
-    candidates = [exported.builder.text(text) for text in ("a", "seven", "one", "five.")]
+    candidates = [exported.sequence(text) for text in ("a", "seven", "one", "five.")]
     scores = exported.candidate_log_likelihoods(prefixes, candidates)
     assert scores.shape == (5, 4)
     for row, prefix in zip(scores, prefixes, strict=True):
@@ -53,7 +51,7 @@ def test_candidates_after_a_shared_cache_equal_whole_sequences(exported):
 
 def test_candidates_of_one_token_need_no_second_pass(exported):
     prefix = documents(exported)[0]
-    candidates = [exported.builder.text(letter) for letter in "xyz"]
+    candidates = [exported.sequence(letter) for letter in "xyz"]
     table = log_probabilities(exported, prefix)[-1]
     np.testing.assert_allclose(
         exported.candidate_log_likelihoods([prefix], candidates)[0],
@@ -63,9 +61,9 @@ def test_candidates_of_one_token_need_no_second_pass(exported):
 
 
 def test_greedy_drawing_takes_the_likeliest_code_at_each_place(exported):
-    prompts = [exported.builder.text(text) for text in ("draw", "make it", "draw")]
+    prompts = [exported.sequence(text) for text in ("draw", "make it", "draw")]
     codes = exported.draw(prompts, (2, 2), temperature=0)
-    start = exported.builder.image_start((2, 2), use="generate")
+    start = exported.sequence(image_to_draw((2, 2)))
     for prompt, picture in zip(prompts, codes, strict=True):
         sequence = TokenSequence.join([prompt, start])
         for row in range(2):
@@ -74,21 +72,41 @@ def test_greedy_drawing_takes_the_likeliest_code_at_each_place(exported):
                 assert picture[row, column] == likeliest
                 code = TokenSequence(np.array([40 + likeliest]), np.array([2], dtype=np.int8))
                 sequence = TokenSequence.join([sequence, code])
-            sequence = TokenSequence.join([sequence, TokenSequence.of_text([34])])
+            sequence = TokenSequence.join([sequence, TokenSequence(np.array([34]), np.array([0], dtype=np.int8))])
 
 
 def test_sampling_follows_the_distribution_over_codes(exported):
-    prompt = exported.builder.text("d")
+    prompt = exported.sequence("d")
     exported.batch_size, before = 500, exported.batch_size
     codes = exported.draw([prompt] * 2000, (1, 3), seed=5)[:, 0, 0]
     again = exported.draw([prompt] * 2000, (1, 3), seed=5)[:, 0, 0]
     exported.batch_size = before
     np.testing.assert_array_equal(codes, again)
-    start = exported.builder.image_start((1, 3), use="generate")
+    start = exported.sequence(image_to_draw((1, 3)))
     logits = log_probabilities(exported, TokenSequence.join([prompt, start]))[-1, 40:48]
     expected = np.exp(logits) / np.exp(logits).sum()
     # Five standard errors of a share of 2000 draws.
     np.testing.assert_allclose(np.bincount(codes, minlength=8) / 2000, expected, atol=5 * 0.5 / np.sqrt(2000))
+
+
+def test_an_answer_is_the_likeliest_continuation(exported):
+    image = whole_image(np.array([[1, 2], [3, 4]]), use=ImageUse.UNDERSTAND)
+    sequence = exported.sequence(image, "q")
+    possible = [*range(27), 29]  # letters and the end of the document; the image controls are unlikely here
+    answer = ""
+    for _ in range(6):
+        likeliest = possible[int(log_probabilities(exported, sequence)[-1, possible].argmax())]
+        if likeliest == 29:
+            break
+        answer += "abcdefghijklmnopqrstuvwxyz?"[likeliest]
+        sequence = TokenSequence.join([sequence, TokenSequence(np.array([likeliest]), np.array([0], dtype=np.int8))])
+    assert len(answer) > 1
+    assert exported.answer(image, "q", max_tokens=6).replace(" ", "") == answer
+
+
+def test_a_picture_of_an_unknown_size_is_the_users_mistake(exported):
+    with pytest.raises(DataError, match=r"3x3 codes has no resolution id; the vocabulary has 2x2, 1x3"):
+        exported.sequence(whole_image(np.zeros((3, 3), dtype=int), use=ImageUse.UNDERSTAND))
 
 
 def test_parameters_are_counted(exported):

@@ -35,7 +35,14 @@ def svg_text(picture):
 
 def test_loss_curves_show_classes_and_stage_marks():
     text = svg_text(loss_curves([log("understanding"), log()]))
-    for word in ("run: understanding", "run: generation", "warm-up", "release", "text, training", "text, held out"):
+    for word in (
+        "run: understanding",
+        "run: generation",
+        "warm-up",
+        "release",
+        "text, training",
+        "text, held out",
+    ):
         assert f"<!-- {word} -->" in text
     assert text == loss_curves([log("understanding"), log()]).data.decode()
 

@@ -53,7 +53,10 @@ def test_page_is_well_formed_and_escapes_what_it_shows(page):
 def test_page_asks_for_nothing_outside_itself(page):
     collector = Collector()
     collector.feed(page)
-    assert collector.addresses == ["data:,", f"data:image/svg+xml;base64,{base64.b64encode(b'<svg/>').decode()}"]
+    assert collector.addresses == [
+        "data:,",
+        f"data:image/svg+xml;base64,{base64.b64encode(b'<svg/>').decode()}",
+    ]
     assert "http" not in page
 
 
@@ -61,7 +64,16 @@ def test_table_shows_values_references_and_verdicts(page):
     collector = Collector()
     collector.feed(page)
     assert collector.cells[:8] == ["minutes.total", "16", "minutes", "–", "–", "–", "15", "NO"]
-    assert collector.cells[8:16] == ["parameters.final", "1,234,567", "parameters", "–", "–", "–", "1,234,567", "yes"]
+    assert collector.cells[8:16] == [
+        "parameters.final",
+        "1,234,567",
+        "parameters",
+        "–",
+        "–",
+        "–",
+        "1,234,567",
+        "yes",
+    ]
     assert collector.cells[16:22] == ["text_bits_per_byte.final", "2.988", "bits/byte", "49,000", "5.1", "–"]
 
 

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 
 from symbiotic.analysis.reading import read_items
-from symbiotic.analysis.sequences import TokenSequence
+from tests.analysis.models import text_sequence
 
 
 def test_the_likeliest_complete_candidate_is_the_answer():
-    prefixes = [TokenSequence.of_text([index]) for index in range(4)]
-    candidates = [TokenSequence.of_text([10 + index]) for index in range(5)]
+    prefixes = [text_sequence([index]) for index in range(4)]
+    candidates = [text_sequence([10 + index]) for index in range(5)]
     calls = []
 
     def score(given_prefixes, given_candidates):
@@ -24,7 +24,7 @@ def test_the_likeliest_complete_candidate_is_the_answer():
 
 
 def test_a_model_that_knows_nothing_gets_no_credit_for_ties():
-    prefixes = [TokenSequence.of_text([index]) for index in range(10)]
-    candidates = [TokenSequence.of_text([index]) for index in range(10)]
+    prefixes = [text_sequence([index]) for index in range(10)]
+    candidates = [text_sequence([index]) for index in range(10)]
     reading = read_items(lambda p, c: np.zeros((10, 10)), prefixes, candidates, np.arange(10))
     assert reading.accuracy == pytest.approx(0.1)

@@ -8,7 +8,13 @@ from symbiotic.errors import DataError
 
 def step(number, stage, text, generation=None):
     loss = {"text": text, "generation": generation}
-    return {"event": "step", "step": number, "stage": stage, "loss": loss, "tokens_per_second": 100.0 * number}
+    return {
+        "event": "step",
+        "step": number,
+        "stage": stage,
+        "loss": loss,
+        "tokens_per_second": 100.0 * number,
+    }
 
 
 def test_curves_stages_and_held_out_losses():
@@ -16,7 +22,11 @@ def test_curves_stages_and_held_out_losses():
         {"event": "stage", "step": 1, "stage": "warm-up"},
         step(1, "warm-up", 5.0),
         step(2, "warm-up", 4.0, 6.0),
-        {"event": "evaluation", "step": 2, "loss": {"a": {"text": 4.0, "generation": None}, "b": {"text": 2.0}}},
+        {
+            "event": "evaluation",
+            "step": 2,
+            "loss": {"a": {"text": 4.0, "generation": None}, "b": {"text": 2.0}},
+        },
         step(3, "release", 3.0, 5.0),
     ]
     log = collect(events, name="x")

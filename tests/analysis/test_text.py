@@ -3,17 +3,17 @@ import math
 import numpy as np
 import pytest
 
-from symbiotic.analysis.sequences import TokenSequence
 from symbiotic.analysis.text import score_text, windows_of
+from tests.analysis.models import text_sequence
 
 
 def encode_bytes(text):
-    return TokenSequence.of_text(list(text.encode()))
+    return text_sequence(list(text.encode()))
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 5, 8, 9, 10])
 def test_windows_predict_each_token_but_the_first_once(size):
-    document = TokenSequence.of_text(range(size))
+    document = text_sequence(range(size))
     windows = windows_of(document, length=4)
     labels = np.concatenate([window.ids[1:] for window in windows])
     assert labels.tolist() == list(range(1, size))
@@ -37,7 +37,11 @@ def test_bits_by_hand_with_two_bytes_a_token():
         return [np.full(len(window) - 1, math.log(0.5)) for window in windows]
 
     score = score_text(
-        half, ["abcdef"], lambda text: TokenSequence.of_text([0] * (len(text) // 2)), length=8, vocabulary_size=16
+        half,
+        ["abcdef"],
+        lambda text: text_sequence([0] * (len(text) // 2)),
+        length=8,
+        vocabulary_size=16,
     )
     # 3 tokens: 4 bits for the first, one for each of the others, over 6 bytes
     assert score.bits_per_byte == pytest.approx(1.0)

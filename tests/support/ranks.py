@@ -9,6 +9,7 @@ be picklable. A failure of any rank is raised here with that rank's traceback.
 
 import atexit
 import importlib
+import io
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,10 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
+from types import MappingProxyType
 from typing import Any
+
+NO_PARALLELISM: Mapping[str, Any] = MappingProxyType({})
 
 GRACE_SECONDS = 10.0
 """How long the other ranks of a failed call may take to notice before their processes are replaced."""
@@ -45,13 +49,30 @@ class _Answer:
     value: Any = None
     error: str | None = None
     exception: BaseException | None = None
+    usable: bool = True
+    """False where torch.distributed may be half initialised, so that the process has to be replaced."""
+
+
+def _packed(value: Any) -> bytes:
+    """A job or an answer as bytes. torch.save, since megatron-core has plain pickles of tensors ask for itself."""
+    import torch
+
+    data = io.BytesIO()
+    torch.save(value, data)
+    return data.getvalue()
+
+
+def _unpacked(data: bytes) -> Any:
+    import torch
+
+    return torch.load(io.BytesIO(data), weights_only=False)
 
 
 def run_ranks(
     target: str,
     *,
     world_size: int = 1,
-    layout: Mapping[str, Any] | None = {},
+    layout: Mapping[str, Any] | None = NO_PARALLELISM,
     timeout: float = 180.0,
     **kwargs: Any,
 ) -> list[Any]:
@@ -85,7 +106,7 @@ def run_ranks(
     for rank, worker in enumerate(workers):
         environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         job = _Job(target, None if layout is None else dict(layout), kwargs, environment)
-        worker.connection.send_bytes(pickle.dumps(job))
+        worker.connection.send_bytes(_packed(job))
     answers = _collect(workers, deadline=time.monotonic() + timeout)
     failed = {rank: answer for rank, answer in answers.items() if answer.error}
     if failed:
@@ -137,10 +158,14 @@ def _collect(workers: list[_Worker], *, deadline: float) -> dict[int, _Answer]:
         for connection in ready:
             rank = waiting.pop(connection)
             try:
-                answers[rank] = pickle.loads(connection.recv_bytes())
+                answers[rank] = _unpacked(connection.recv_bytes())
             except EOFError:
                 workers[rank].process.join()
-                answers[rank] = _Answer(error=f"the process ended with code {workers[rank].process.exitcode}")
+                code = workers[rank].process.exitcode
+                answers[rank] = _Answer(error=f"the process ended with code {code}", usable=False)
+            if not answers[rank].usable:
+                workers[rank].replace()
+                _pool.pop(rank)
             if answers[rank].error:
                 deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         if not ready:
@@ -169,14 +194,14 @@ def _serve(connection: Connection) -> None:
     enter_cpu_device()
     while True:
         try:
-            job = pickle.loads(connection.recv_bytes())
+            job = _unpacked(connection.recv_bytes())
         except EOFError:
             return
         answer = _run(job)
         try:
-            data = pickle.dumps(answer)
+            data = _packed(answer)
         except Exception as error:  # whatever pickling may raise is the answer then
-            data = pickle.dumps(_Answer(error=f"the answer can't be pickled: {error!r}\n{answer.error or ''}"))
+            data = _packed(_Answer(error=f"the answer can't be pickled: {error!r}\n{answer.error or ''}"))
         connection.send_bytes(data)
 
 
@@ -186,14 +211,16 @@ def _run(job: _Job) -> _Answer:
 
     before = dict(os.environ)
     os.environ.update(job.environment)
+    met = False
     try:
         module, _, function = job.target.partition(":")
         call = getattr(importlib.import_module(module), function)
         if job.layout is not None:
             initialize_processes(device="cpu", timeout_minutes=2, **job.layout)
+        met = True
         return _Answer(value=call(**job.kwargs))
     except BaseException as error:
-        return _Answer(error=traceback.format_exc(), exception=_picklable(error))
+        return _Answer(error=traceback.format_exc(), exception=_picklable(error), usable=met)
     finally:
         destroy_processes()
         _forget_megatron_state()

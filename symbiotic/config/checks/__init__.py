@@ -28,6 +28,8 @@ CHECKS: tuple[Check, ...] = (
     model.check_router_types,
     model.check_partition,
     model.check_feed_forward_sizes,
+    model.check_expert_bias,
+    model.check_shield_mode,
     megatron.check_balance_kinds,
     megatron.check_recompute,
     megatron.check_overlap,

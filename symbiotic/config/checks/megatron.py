@@ -19,12 +19,12 @@ def _sections(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def check_derived_fields(config: Config) -> None:
-    """A field that follows from another setting is refused, with where to set it."""
+    """A field that follows from another setting is refused, with what to do instead."""
     for section, values in _sections(config).items():
         for name in values:
-            where = DERIVED[section].get(name)
-            if where is not None:
-                raise config.origin.error((section, name), f"follows from other settings; remove it and set {where}")
+            instead = DERIVED[section].get(name)
+            if instead is not None:
+                raise config.origin.error((section, name), f"is not yours to set: {instead}")
 
 
 def check_types_of_read_fields(config: Config) -> None:

@@ -98,15 +98,13 @@ def check_group_names(config: Config) -> None:
 
 
 def check_groups_and_blocks(config: Config) -> None:
-    """Experts exist if and only if a block has an MoE layer."""
-    moe_blocks = layer_pattern(config).moe_blocks
-    if moe_blocks and not config.groups:
+    """There is an MoE layer, and there are experts for it."""
+    if not layer_pattern(config).moe_blocks:
+        key = "model.dense_blocks" if config.model.layer_pattern is None else "model.layer_pattern"
+        raise config.origin.error(key, "leaves no block with an MoE layer; the model needs at least one")
+    if not config.groups:
         raise config.origin.error(
-            "groups", f"is missing: {len(moe_blocks)} blocks have an MoE layer; give 'all: {{experts: N}}'"
-        )
-    if not moe_blocks and (config.groups or config.routers):
-        raise config.origin.error(
-            "groups", "is given, but every block is dense; remove groups and routers or the dense blocks"
+            "groups", "is missing: it names the experts of an MoE layer; give 'all: {experts: N}'"
         )
 
 
@@ -116,7 +114,7 @@ def check_top_k(config: Config) -> None:
     if top_k < 1:
         raise config.origin.error((TRANSFORMER, "moe_router_topk"), f"= {top_k} is too small; it must be at least 1")
     softmax = value_of(config, "moe_router_score_function") == "softmax"
-    if config.groups and top_k == 1 and softmax and not value_of(config, "moe_router_pre_softmax"):
+    if top_k == 1 and softmax and not value_of(config, "moe_router_pre_softmax"):
         raise config.origin.error(
             (TRANSFORMER, "moe_router_topk"),
             "= 1 with a softmax after the choice gives the router no gradient; set moe_router_pre_softmax: true",
@@ -137,7 +135,7 @@ def check_group_sizes(config: Config) -> None:
 
 def check_routers_given(config: Config) -> None:
     """Where the groups don't say which token types they serve, the routers must."""
-    if config.groups and not config.routers:
+    if not config.routers:
         raise config.origin.error(
             "routers",
             f"is missing: which of the groups {', '.join(config.groups)} serves which token types doesn't follow from "
@@ -206,15 +204,30 @@ def check_feed_forward_sizes(config: Config) -> None:
     for name, value in given.items():
         if value is not None and value < 1:
             raise config.origin.error((TRANSFORMER, name), f"= {value} is too small; it must be at least 1")
-    if pattern.moe_blocks and given["moe_ffn_hidden_size"] is None:
+    if given["moe_ffn_hidden_size"] is None:
         raise config.origin.error((TRANSFORMER, "moe_ffn_hidden_size"), "is missing: set the hidden size of one expert")
     if pattern.dense_blocks and given["ffn_hidden_size"] is None:
         raise config.origin.error((TRANSFORMER, "ffn_hidden_size"), "is missing: set the hidden size of a dense MLP")
     shared = "moe_shared_expert_intermediate_size"
-    if not pattern.moe_blocks and given[shared] is not None:
-        raise config.origin.error((TRANSFORMER, shared), "is given, but every block is dense; remove it")
     if value_of(config, "moe_shared_expert_gate") and given[shared] is None:
         raise config.origin.error(
             (TRANSFORMER, "moe_shared_expert_gate"),
             f"= true, but there is no shared expert; set {shared} or remove the gate",
+        )
+
+
+def check_expert_bias(config: Config) -> None:
+    """A bias that balances without a loss is defined for sigmoid scores."""
+    bias = value_of(config, "moe_router_enable_expert_bias")
+    if bias and value_of(config, "moe_router_score_function") != "sigmoid":
+        raise config.origin.error(
+            (TRANSFORMER, "moe_router_enable_expert_bias"), "= true needs moe_router_score_function: sigmoid; set it"
+        )
+
+
+def check_shield_mode(config: Config) -> None:
+    """A fused weight gradient bypasses the shield of the weights."""
+    if config.shield.mode == "weights" and value_of(config, "gradient_accumulation_fusion"):
+        raise config.origin.error(
+            "shield.mode", "= 'weights' doesn't reach fused weight gradients; remove gradient_accumulation_fusion"
         )

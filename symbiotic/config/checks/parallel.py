@@ -32,7 +32,7 @@ def check_sequence_parallel(config: Config) -> None:
         raise config.origin.error(
             key, "= true needs tensor_model_parallel_size > 1; set it or remove sequence_parallel"
         )
-    if layout.tensor > 1 and layer_pattern(config).moe_blocks and not layout.sequence_parallel:
+    if layout.tensor > 1 and not layout.sequence_parallel:
         raise config.origin.error(
             key, f"= false, but tensor_model_parallel_size = {layout.tensor} with MoE layers needs it; set it to true"
         )
@@ -74,8 +74,6 @@ def check_expert_parallel(config: Config) -> None:
     """The experts of a block spread evenly over the expert-parallel ranks."""
     layout = parallel_layout(config)
     key = (TRANSFORMER, "expert_model_parallel_size")
-    if layout.expert > 1 and not config.groups:
-        raise config.origin.error(key, f"= {layout.expert}, but the model has no experts; set it to 1")
     if config.num_experts % layout.expert:
         raise config.origin.error(
             key,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
+from symbiotic.config.layout import check_world_size, parallel_layout
 from symbiotic.config.messages import KeyPath, did_you_mean
 from symbiotic.config.roles import roles_of
 from symbiotic.config.routing_defaults import type_names
@@ -13,13 +14,14 @@ from symbiotic.tokens.types import LossClass
 
 
 def check_batch(config: Config) -> None:
-    """A global batch is a whole number of micro batches; see also ``check_world_size``."""
+    """A global batch is a whole number of micro batches, at least on the smallest number of processes that fits."""
     micro, total = config.training.micro_batch_size, config.training.global_batch_size
     if total % micro:
         raise config.origin.error(
             "training.global_batch_size",
             f"= {total} is not a multiple of training.micro_batch_size = {micro}; change one of them",
         )
+    check_world_size(config, parallel_layout(config).smallest_world)
 
 
 def _check_unique(config: Config, names: Iterable[str], *, path: KeyPath, what: str) -> None:

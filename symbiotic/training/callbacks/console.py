@@ -94,7 +94,8 @@ def _losses(losses: dict[str, float]) -> str:
 def _numbers(event: Event) -> str:
     parts = [f"loss {_losses(event['loss'])}"]
     if event["balance"]:
-        parts.append("balance " + " ".join(f"{name.split('.', 1)[-1]} {value:.3f}" for name, value in event["balance"].items()))
+        by_group = (f"{name.split('.', 1)[-1]} {value:.3f}" for name, value in event["balance"].items())
+        parts.append("balance " + " ".join(by_group))
     parts.append(f"grad norm {event['grad_norm']:.3f}")
     parts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
     mfu = f" ({100 * event['mfu']:.1f} % of peak)" if event["mfu"] is not None else ""

@@ -25,9 +25,14 @@ class JsonLines(Callback):
     """
 
     def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
         self._file: IO[str] | None = None
-        if folder is not None:
-            self._file = open(_without_torn_line(folder / LOG_FILE), "a", encoding="utf-8")
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open the file, to go on where it ends."""
+        if self._folder is not None:
+            # Open as long as the run: closed by close().
+            self._file = open(_without_torn_line(self._folder / LOG_FILE), "a", encoding="utf-8")  # noqa: SIM115
 
     def on_event(self, trainer: Trainer, event: Event) -> None:
         """Write one line; JSON has no NaN, so a number that isn't finite is written as null."""

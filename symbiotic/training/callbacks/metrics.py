@@ -80,7 +80,7 @@ class StepMetrics(Callback):
         """Balance loss of each group, mean over layers and microbatches. Collective."""
         values = _ScalarReader()
         get_moe_metrics_tracker().report(
-            loss_scale=1.0 / trainer.num_microbatches,
+            loss_scale=1.0 / trainer.data.num_microbatches,
             iteration=trainer.state.step,
             writer=values,
             # A pipeline stage without MoE layers has recorded nothing, but must take part in the reduction.

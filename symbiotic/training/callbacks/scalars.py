@@ -89,7 +89,7 @@ class WeightsAndBiases(Callback):
                 import wandb
             except ImportError:
                 raise ConfigError(
-                    f"logging.wandb={project!r} needs the package wandb; install symbiotic[wandb] or set logging.wandb=null"
+                    f"logging.wandb={project!r} needs the package wandb; install symbiotic[wandb] or set it to null"
                 ) from None
             self._wandb = wandb
 

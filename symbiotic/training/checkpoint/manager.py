@@ -19,6 +19,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 
+from symbiotic.data.blend import BlendedDataset
 from symbiotic.distributed.agreement import on_rank_zero
 from symbiotic.errors import CheckpointError
 from symbiotic.model.partition import ExpertPartition
@@ -45,6 +46,7 @@ class CheckpointManager:
         store: the run's checkpoints.
         chunks: this rank's wrapped model chunks.
         optimizer: its optimizer.
+        data: the training corpora, which know their order.
         partition: the groups of the experts.
         config: the resolved configuration as a plain tree.
         identity: what a resumed run must have in common with the saved one, as plain values: ``stages`` (a list)
@@ -57,6 +59,7 @@ class CheckpointManager:
         *,
         chunks: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
+        data: BlendedDataset,
         partition: ExpertPartition,
         config: Mapping[str, Any],
         identity: Mapping[str, Any],
@@ -64,6 +67,7 @@ class CheckpointManager:
         self.store = store
         self._chunks = list(chunks)
         self._optimizer = optimizer
+        self._data = data
         self._partition = partition
         self._config = config
         self._identity = identity
@@ -83,6 +87,7 @@ class CheckpointManager:
                 common={
                     "state": state.to_dict(),
                     "callbacks": dict(callbacks),
+                    "data": self._data.state(state.step * self._identity["data"]["global_batch_size"]),
                     "identity": dict(self._identity),
                     "layout": layout(),
                 },
@@ -97,11 +102,13 @@ class CheckpointManager:
             the counters and the callbacks' state.
 
         Raises:
-            CheckpointError: it is damaged, or of another model, optimizer, partition, stage table or data order.
+            CheckpointError: it is damaged, or of another model, optimizer, stage table or batch size.
+            DataError: the corpora or their order are others.
         """
         folder = self.store.path(step)
         saved = on_rank_zero(lambda: open_weights(folder).common())
         on_rank_zero(lambda: self._check_identity(folder, saved))
+        self._data.load_state(saved["data"])
         same_layout = saved["layout"] == layout()
         model = self._model_state()
         request = {**model, "optimizer": self._optimizer_state(model, is_loading=True)}

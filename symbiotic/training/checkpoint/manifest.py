@@ -1,13 +1,13 @@
 """What makes a folder a checkpoint: a manifest of every file, and a marker written after everything else.
 
-    step-500/
-      .metadata, __R_I.distcp   tensors and common state, megatron-core's torch_dist format
-      metadata.json             names that format
-      config.yaml               resolved configuration of the run (training checkpoints)
-      partition.json            group of every expert
-      provenance.json           where weights that no run wrote come from
-      manifest.json             size and SHA-256 of each of these files
-      complete                  SHA-256 of manifest.json; a folder without it is no checkpoint
+step-500/
+  .metadata, __R_I.distcp   tensors and common state, megatron-core's torch_dist format
+  metadata.json             names that format
+  config.yaml               resolved configuration of the run (training checkpoints)
+  partition.json            group of every expert
+  provenance.json           where weights that no run wrote come from
+  manifest.json             size and SHA-256 of each of these files
+  complete                  SHA-256 of manifest.json; a folder without it is no checkpoint
 """
 
 import contextlib

@@ -90,7 +90,9 @@ def _check_ranges(metadata: Metadata, folder: Path) -> None:
             try:
                 sizes[name] = (folder / name).stat().st_size
             except FileNotFoundError:
-                raise CheckpointError(f"{folder / name} is missing; the checkpoint is incomplete, take another") from None
+                raise CheckpointError(
+                    f"{folder / name} is missing; the checkpoint is incomplete, take another"
+                ) from None
         if not 0 <= place.offset <= place.offset + place.length <= sizes[name]:
             raise CheckpointError(
                 f"{folder / name} has {sizes[name]} bytes, but {METADATA_FILE} expects {index.fqn!r} at bytes "
@@ -110,6 +112,7 @@ class SafeReader(FileSystemReader):
     """torch's reader of a checkpoint folder, with the index read by :func:`read_metadata`."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The index, checked; torch passes arguments for checkpoints without a global index, which we don't write."""
         metadata = read_metadata(self.path)
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -5,10 +5,14 @@ things differ from its ``save`` and ``load``. Writing happens in the calling pro
 that imports the entry script again). Reading goes through :mod:`safe_load`.
 """
 
+import contextlib
 import io
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed.checkpoint as torch_checkpoint
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
 from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
@@ -26,17 +30,14 @@ from symbiotic.errors import CheckpointError
 from symbiotic.training.checkpoint.safe_load import SafeReader, load_object, read_metadata
 from symbiotic.training.checkpoint.weights import OPTIMIZER_PREFIX, read_common_state
 
-PRIVATE_NAMES = tuple(
-    ("megatron.core.dist_checkpointing.strategies.torch", name)
-    for name in (
-        "MCoreLoadPlanner",
-        "MCoreSavePlanner",
-        "mcore_to_pyt_state_dict",
-        "_replace_state_dict_keys_with_sharded_keys",
-        "_replace_sharded_keys_with_state_dict_keys",
-        "_restore_dict_types",
-        "_unwrap_pyt_sharded_tensor",
-    )
+PRIVATE_NAMES = (
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreLoadPlanner"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlanner"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "mcore_to_pyt_state_dict"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "_replace_state_dict_keys_with_sharded_keys"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "_replace_sharded_keys_with_state_dict_keys"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "_restore_dict_types"),
+    ("megatron.core.dist_checkpointing.strategies.torch", "_unwrap_pyt_sharded_tensor"),
 )
 """Names inside Megatron that this module relies on, as (module, name); a test checks that each exists."""
 
@@ -53,17 +54,18 @@ def save_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> None:
     rank, _ = rank_and_size()
     sharded, common_state = save_preprocess(sharded_state_dict, validate_access_integrity=False)
     _check_sharding(sharded, common_state)
+    on_every_rank(lambda: _check_readable(sharded, common_state))
     sharded["common_state"] = ShardedObject("common_state", common_state, (1,), (0,), replica_id=rank)
     by_key, _, _ = torch_strategy._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
     planner = torch_strategy.MCoreSavePlanner(
         dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
     )
+    writer = torch_checkpoint.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
     try:
-        torch_checkpoint.save(
-            torch_strategy.mcore_to_pyt_state_dict(by_key),
-            storage_writer=torch_checkpoint.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True),
-            planner=planner,
-        )
+        with _without_expected_warnings():
+            torch_checkpoint.save(
+                torch_strategy.mcore_to_pyt_state_dict(by_key), storage_writer=writer, planner=planner
+            )
     except CheckpointException as error:
         raise CheckpointError(_writing_failed(error, folder)) from error
     on_rank_zero(lambda: save_config(CheckpointingConfig("torch_dist"), str(folder)))
@@ -106,10 +108,11 @@ class _SafePlanner(torch_strategy.MCoreLoadPlanner):
 def _read(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Read this rank's shards; no communication."""
     by_key, flat_mapping, rename_mapping = torch_strategy._replace_state_dict_keys_with_sharded_keys(sharded)
-    state = torch_strategy.mcore_to_pyt_state_dict(by_key, is_loading=True)
     planner = _SafePlanner(folder=folder, flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
-        torch_checkpoint.load(state, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
+        with _without_expected_warnings():
+            state = torch_strategy.mcore_to_pyt_state_dict(by_key, is_loading=True)
+            torch_checkpoint.load(state, storage_reader=SafeReader(folder), planner=planner, no_dist=True)
     except CheckpointException as error:
         raise CheckpointError(_reading_failed(error, folder)) from error
     values = {key: torch_strategy._unwrap_pyt_sharded_tensor(value) for key, value in state.items()}
@@ -138,6 +141,21 @@ def _check_sharding(sharded: dict[str, Any], common_state: dict[str, Any] | None
     return global_shards
 
 
+def _check_readable(sharded: dict[str, Any], common_state: dict[str, Any]) -> None:
+    """Refuse to write an object that the safe reader would refuse to read."""
+    objects = {shard.key: shard.data for shard in nested_values(sharded) if isinstance(shard, ShardedObject)}
+    for key, value in {**objects, **common_state}.items():
+        data = io.BytesIO()
+        torch.save(value, data)
+        data.seek(0)
+        try:
+            load_object(data, file="memory", key=key)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{key!r} can't be part of a checkpoint, which holds plain values, containers and tensors only: {error}"
+            ) from error
+
+
 def _check_same_model(global_shards: list[list[Any]], metadata: Metadata, folder: Path) -> None:
     """Refuse a checkpoint whose tensors are not the ones that the ranks ask for."""
     # Vocabulary tensors too, whose shapes Megatron lets differ: ours are padded independently of the layout.
@@ -160,6 +178,15 @@ def _check_same_model(global_shards: list[list[Any]], metadata: Metadata, folder
             f"{folder} is a checkpoint of another model: {', '.join(differences)}; use the configuration it was "
             "trained with, or name another checkpoint"
         )
+
+
+@contextlib.contextmanager
+def _without_expected_warnings() -> Iterator[None]:
+    """Leave out torch's remarks on what Megatron's strategy does on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        warnings.filterwarnings("ignore", message="Please use DTensor instead")
+        yield
 
 
 def _first_failure(error: CheckpointException) -> BaseException:

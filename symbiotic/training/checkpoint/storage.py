@@ -48,9 +48,13 @@ class CheckpointStore:
         self, folder: Path | str, *, keep: int = 2, keep_every: int | None = None, verify: str = "full"
     ) -> None:
         if keep < 1:
-            raise CheckpointError(f"checkpoint.keep is {keep}, but at least 1 checkpoint has to stay; set it to 1 or more")
+            raise CheckpointError(
+                f"checkpoint.keep is {keep}, but at least 1 checkpoint has to stay; set it to 1 or more"
+            )
         if verify not in manifests.VERIFY_LEVELS:
-            raise CheckpointError(f"checkpoint.verify is {verify!r}; set it to one of {', '.join(manifests.VERIFY_LEVELS)}")
+            raise CheckpointError(
+                f"checkpoint.verify is {verify!r}; set it to one of {', '.join(manifests.VERIFY_LEVELS)}"
+            )
         self.folder = Path(folder)
         self.keep = keep
         self.keep_every = keep_every
@@ -174,12 +178,16 @@ class CheckpointStore:
 
     def _retire(self, *, newest: int) -> None:
         """Delete what retention doesn't keep, and what killed processes left. Called with ``newest`` complete."""
-        steps = [step for step in self.steps() if step <= newest]
-        for step in steps[: -self.keep]:
+        complete = self.steps()
+        for step in [step for step in complete if step <= newest][: -self.keep]:
             if self.keep_every is None or step % self.keep_every:
                 manifests.remove_folder(self.path(step))
-        for left_over in self.folder.glob("step-*.tmp"):
-            manifests.remove_folder(left_over)
+        # This process is the only writer, so whatever has no marker, or the name of a temporary, is nobody's work.
+        for path in self.folder.iterdir():
+            if path.name.startswith(f".{TRACKER_FILE}.") and path.suffix == ".tmp":
+                path.unlink()
+            elif path.name.startswith("step-") and (path.suffix == ".tmp" or not manifests.is_complete(path)):
+                manifests.remove_folder(path)
 
 
 def load_checkpoint(folder: Path | str, sharded_state_dict: dict[str, Any], *, verify: str = "full") -> dict[str, Any]:

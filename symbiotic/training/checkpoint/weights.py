@@ -165,7 +165,9 @@ class Weights:
             # JSON is YAML too; the safe loader makes plain values only.
             return yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise CheckpointError(f"{path} can't be parsed ({error}); the checkpoint is damaged, take another") from error
+            raise CheckpointError(
+                f"{path} can't be parsed ({error}); the checkpoint is damaged, take another"
+            ) from error
 
 
 def read_common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
@@ -176,10 +178,14 @@ def read_common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
     """
     place = metadata.storage_data.get(MetadataIndex(COMMON_STATE_KEY))
     if place is None:
-        raise CheckpointError(f"{folder / METADATA_FILE} lists no common state; it is no checkpoint of megatron-core 0.19")
+        raise CheckpointError(
+            f"{folder / METADATA_FILE} lists no common state; it is no checkpoint of megatron-core 0.19"
+        )
     state = load_object(_slice_of(folder, place), file=folder / place.relative_path, key=COMMON_STATE_KEY)
     if not (isinstance(state, list) and len(state) == 1 and isinstance(state[0], dict)):
-        raise CheckpointError(f"{folder / place.relative_path}: the common state is no dictionary; take another checkpoint")
+        raise CheckpointError(
+            f"{folder / place.relative_path}: the common state is no dictionary; take another checkpoint"
+        )
     return state[0]
 
 
@@ -251,9 +257,7 @@ class WeightsWriter:
             offsets = (index,) + (0,) * (tensor.dim() - 1)
             self.add_part(key, tensor[index : index + 1], shape=tuple(tensor.shape), offsets=offsets)
 
-    def add_part(
-        self, key: str, part: torch.Tensor, *, shape: tuple[int, ...], offsets: tuple[int, ...]
-    ) -> None:
+    def add_part(self, key: str, part: torch.Tensor, *, shape: tuple[int, ...], offsets: tuple[int, ...]) -> None:
         """Write a part of a tensor of ``shape``, beginning at ``offsets`` (one number an axis).
 
         Raises:
@@ -264,7 +268,9 @@ class WeightsWriter:
         chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(part.shape))
         index = MetadataIndex(key, chunk.offsets, len(entry.chunks))
         if index in self._places or entry.properties.dtype != part.dtype or tuple(entry.size) != tuple(shape):
-            raise CheckpointError(f"{self.folder}: {key!r} at {offsets} was written before, or with another shape or dtype")
+            raise CheckpointError(
+                f"{self.folder}: {key!r} at {offsets} was written before, or with another shape or dtype"
+            )
         entry.chunks.append(chunk)
         # clone() drops the storage around a view, which torch.save would write in whole.
         self._places[index] = self._append(part.detach().to("cpu").clone(memory_format=torch.contiguous_format))

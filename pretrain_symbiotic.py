@@ -1,0 +1,53 @@
+"""Pre-train a Symbiotic model.
+
+    python pretrain_symbiotic.py --config FILE [section.key=value ...] [--dry-run]
+
+One process runs it alone; torchrun, or srun with one task a rank, runs it in parallel. Exit code 0: finished;
+1: failed; 75: stopped before the end, start it again to go on. RUN/exit.json says the same.
+"""
+
+import argparse
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from symbiotic.config import load_config
+from symbiotic.errors import exits_on_user_error
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Pre-train a Symbiotic model.")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="the run's YAML file")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, then leave")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
+    return parser.parse_intermixed_args(arguments)
+
+
+@exits_on_user_error
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Plan or train; returns the exit code."""
+    options = parse_arguments(arguments)
+    config = load_config(options.config, options.overrides, check_files=not options.dry_run)
+    if options.dry_run:
+        from symbiotic.config.plan import plan
+
+        print(plan(config))
+        return 0
+    from symbiotic.distributed.cpu_device import choose_device, enter_cpu_device
+    from symbiotic.distributed.processes import read_place
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if read_place(os.environ).rank == 0:
+        logging.getLogger("symbiotic").setLevel(logging.INFO)
+    if choose_device(config.run.device) == "cpu":
+        # Before anything imports megatron.core, which binds CUDA's names while it is imported.
+        enter_cpu_device()
+    from symbiotic.training.run import train
+
+    return train(config).exit_code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""The report of the digits recipe: one table of figures and one page, from what its phases left behind.
+
+FOLDER/phases.json                  when the recipe began and the minutes of each phase
+FOLDER/<run>/log.jsonl              of the training runs
+FOLDER/evaluation/<model>/          of each evaluated model, see ``evaluation``
+FOLDER/verification.json            rows of the exported model against Megatron's
+-> FOLDER/report.json, FOLDER/report.html
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from symbiotic.analysis.expert_use import ExpertUse
+from symbiotic.analysis.figures import Picture, expert_use_maps, loss_curves, reading_grid, sample_grid
+from symbiotic.analysis.page import Section, render_page
+from symbiotic.analysis.results import (
+    DIGITS_EXPECTED,
+    DIGITS_TARGETS,
+    Row,
+    apply_targets,
+    read_results,
+    write_results,
+)
+from symbiotic.analysis.run_log import read_run_log
+from symbiotic.errors import DataError
+from symbiotic.files import write_text
+
+RUNS = ("understanding", "generation")
+"""Training runs, in the order of the recipe."""
+
+MODELS = ("understanding", "split", "final")
+"""Evaluated models, in the order of the recipe."""
+
+PICTURES_PER_CLASS = 12
+PICTURES_READ = 24
+
+
+def build_report(folder: Path | str, *, command: str, began: float | None = None) -> list[Row]:
+    """Write ``report.json`` and ``report.html`` into ``folder`` and return the rows.
+
+    What a phase didn't leave behind is a row that doesn't hold and a picture that is missing; a damaged file
+    is an error.
+
+    Args:
+        folder: of the recipe, for example ``runs/digits``.
+        command: what the user typed.
+        began: when this process began (seconds since 1970), for ``minutes.report``; None leaves the row out.
+
+    Raises:
+        DataError: a file can't be read or was not written by this recipe.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; run examples/digits/recipe.py first")
+    sections = [*_curves(folder), *_pictures(folder), *_experts(folder)]
+    rows = measured_rows(folder)
+    phases = read_phases(folder)
+    if began is not None:
+        rows.append(Row("minutes.report", _minutes_since(began), "minutes"))
+    if phases.get("began") is not None:
+        rows.append(Row("minutes.total", _minutes_since(phases["began"]), "minutes"))
+    rows = apply_targets(rows, DIGITS_TARGETS, expected=DIGITS_EXPECTED)
+    write_results(folder / "report.json", rows, command=command)
+    _, facts = read_results(folder / "report.json")
+    page = render_page(
+        "Digits: one model that reads and draws",
+        facts={
+            "date": facts["date"],
+            "machine": facts["machine"],
+            "command": command,
+            "commit": facts["commit"] or "–",
+        },
+        rows=rows,
+        sections=sections,
+    )
+    write_text(folder / "report.html", page)
+    return rows
+
+
+def _minutes_since(moment: float) -> float:
+    return (time.time() - moment) / 60.0
+
+
+def read_phases(folder: Path) -> dict[str, Any]:
+    """``phases.json``: ``began`` (seconds since 1970) and ``minutes`` of each phase; empty when there is none."""
+    path = folder / "phases.json"
+    if not path.exists():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: line {error.lineno}: not JSON ({error.msg}); run the recipe again") from error
+
+
+def measured_rows(folder: Path) -> list[Row]:
+    """All rows that the phases left behind: of the models, of the verification, and minutes."""
+    files = [folder / "evaluation" / model / "results.json" for model in MODELS]
+    files.append(folder / "verification.json")
+    rows = [row for path in files if path.exists() for row in read_results(path)[0]]
+    minutes = read_phases(folder).get("minutes", {})
+    return rows + [Row(f"minutes.{phase}", value, "minutes") for phase, value in minutes.items()]
+
+
+def _curves(folder: Path) -> list[Section]:
+    logs = [read_run_log(folder / run) for run in RUNS if (folder / run / "log.jsonl").exists()]
+    if not logs:
+        return []
+    text = (
+        "Loss of each class against the step: faint lines are single steps, bold lines their running mean, dots are "
+        "held-out losses. Dotted vertical lines mark where a stage begins."
+    )
+    return [Section("Training", text, [(loss_curves(logs), "Nats a token; each class has its own mean.")])]
+
+
+def _pictures(folder: Path) -> list[Section]:
+    evaluation = folder / "evaluation" / "final"
+    pictures: list[tuple[Picture, str]] = []
+    if (evaluation / "drawings.npz").exists():
+        drawings = _load(evaluation / "drawings.npz")
+        names = [str(label) for label in range(int(drawings["labels"].max()) + 1)]
+        grid = sample_grid(
+            drawings["pixels"], drawings["labels"], names, per_class=PICTURES_PER_CLASS, title="Drawn digits"
+        )
+        pictures.append((grid, "Drawn at temperature 1, the first ones of each class, none left out."))
+    for path in sorted(evaluation.glob("readings_*.npz")):
+        task = path.stem.removeprefix("readings_")
+        readings = _load(path)
+        shown = np.linspace(0, len(readings["answers"]) - 1, min(PICTURES_READ, len(readings["answers"])))
+        chosen = shown.astype(int)
+        grid = reading_grid(
+            readings["pixels"][chosen],
+            readings["answers"][chosen].tolist(),
+            readings["correct"][chosen].tolist(),
+            columns=8,
+            title=f"Read {task}",
+        )
+        pictures.append((grid, "Held-out pictures at even distances; a wrong answer is red, the right one beside it."))
+    return [Section("What the model draws and reads", "The final model.", pictures)] if pictures else []
+
+
+def _experts(folder: Path) -> list[Section]:
+    titles = {"understanding": "before: after understanding", "final": "after: final model"}
+    uses = []
+    for model, title in titles.items():
+        path = folder / "evaluation" / model / "expert_use.json"
+        if path.exists():
+            uses.append((title, ExpertUse.from_dict(json.loads(path.read_text(encoding="utf-8")))))
+    if not uses:
+        return []
+    text = (
+        "Share of a token type's choices that went to each expert, block by block, on held-out documents. Before, one "
+        "router chooses among all experts; after, each token type chooses inside its own group."
+    )
+    return [Section("Expert use", text, [(expert_use_maps(uses), "Darker: chosen more often. A row adds up to one.")])]
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: damaged evaluation file ({error}); run tools/evaluate.py again") from error

@@ -1,0 +1,235 @@
+"""From a training checkpoint to a folder that transformers loads: one process, no Megatron, one tensor at a time.
+
+    export_checkpoint("runs/digits/generation", "exports/digits", tokenizer="corpus/tokenizer.model")
+
+The folder holds the weights as safetensors, the configuration with its routing tables, our modeling code, the
+tokenizer, the image codec and a model card. It is written under another name, flushed, and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from symbiotic.data.codecs import load_codec
+from symbiotic.errors import CheckpointError, DataError
+from symbiotic.files import fsync_folder, write_json, write_text
+from symbiotic.huggingface.architecture import huggingface_config
+from symbiotic.huggingface.mapping import Row, check_shape, mapping_table
+from symbiotic.huggingface.model_card import model_card
+from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
+from symbiotic.huggingface.safetensors_writer import SafetensorsWriter, TensorPlan
+from symbiotic.huggingface.source import Source
+from symbiotic.huggingface.tokenizer import write_tokenizer
+from symbiotic.tokens.tokenizer import Tokenizer
+from symbiotic.tokens.vocabulary import VocabularyLayout
+from symbiotic.training.checkpoint.weights import Weights
+
+log = logging.getLogger(__name__)
+
+MODELING_FOLDER = Path(__file__).parent / "modeling"
+MODELING_FILES = (
+    "configuration_symbiotic.py",
+    "generation_symbiotic.py",
+    "modeling_symbiotic.py",
+    "processing_symbiotic.py",
+)
+"""Code that travels in the folder; it imports torch and transformers only."""
+
+AUTO_MAP = {
+    "AutoConfig": "configuration_symbiotic.SymbioticConfig",
+    "AutoModel": "modeling_symbiotic.SymbioticModel",
+    "AutoModelForCausalLM": "modeling_symbiotic.SymbioticForCausalLM",
+}
+
+PROCESSOR_CLASS = "SymbioticProcessor"
+CODEC_FOLDER = "codec"
+EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export_checkpoint(
+    source: Source,
+    output: Path | str,
+    *,
+    tokenizer: Path | str | None = None,
+    codec: Path | str | None = None,
+    dtype: str | None = None,
+    license_id: str = "unknown",
+    max_shard_bytes: int = 5_000_000_000,
+) -> Path:
+    """Write the exported folder.
+
+    Args:
+        source: what ``open_source`` returned.
+        output: a folder that doesn't exist yet, or is empty.
+        tokenizer: SentencePiece model; None takes ``tokenizer.model`` beside the vocabulary.
+        codec: folder of the image codec, copied into the export; None leaves images to the user.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps each tensor as it is stored.
+        license_id: licence of the weights, for the model card.
+        max_shard_bytes: size of a safetensors file.
+
+    Returns:
+        The folder.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: nothing was written.
+    """
+    output = Path(output)
+    if dtype is not None and dtype not in EXPORT_DTYPES:
+        raise CheckpointError(f"--dtype {dtype} is not a dtype to export; use one of {', '.join(EXPORT_DTYPES)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists already; name a new folder or remove it")
+    model = huggingface_config(
+        source.config,
+        vocabulary=source.vocabulary,
+        partition=source.partition,
+        dtype=dtype or _main_dtype(source.weights),
+    )
+    pieces = Tokenizer(tokenizer or source.vocabulary_path.with_name("tokenizer.model"))
+    _check_codec(codec, source.vocabulary)
+    rows = mapping_table(model)
+    check_tensors(rows, source.weights)
+    with _written_at_once(output) as folder:
+        # The tokenizer is compared as transformers loads it, so it comes before a config.json that asks for trust.
+        write_tokenizer(folder, tokenizer=pieces, layout=source.vocabulary, max_length=model.max_position_embeddings)
+        write_config(folder, model)
+        for name in MODELING_FILES:
+            shutil.copyfile(MODELING_FOLDER / name, folder / name)
+        if codec is not None:
+            shutil.copytree(codec, folder / CODEC_FOLDER)
+        plans = write_weights(folder, rows, source.weights, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        card = model_card(
+            model, source.config, plans=plans, step=source.weights.step, layout=source.vocabulary,
+            partition_hash=source.partition.hash, license_id=license_id, has_codec=codec is not None,
+        )  # fmt: skip
+        write_text(folder / "README.md", card)
+    log.info("%s: exported %s (%d tensors)", output, source.folder, len(plans))
+    return output
+
+
+def _main_dtype(weights: Weights) -> str:
+    """Name of the dtype that the embedding is stored in."""
+    return str(weights.dtype("embedding.word_embeddings.weight")).removeprefix("torch.")
+
+
+def _check_codec(codec: Path | str | None, vocabulary: VocabularyLayout) -> None:
+    if codec is None:
+        return
+    size = load_codec(codec).codebook_size
+    if size != vocabulary.codebook_size:
+        raise DataError(
+            f"{codec}: the codec has {size} codes, the vocabulary {vocabulary.codebook_size}; give the codec that the "
+            "corpus was written with"
+        )
+
+
+def check_tensors(rows: Sequence[Row], weights: Weights) -> None:
+    """Compare the table with what the checkpoint holds.
+
+    Raises:
+        CheckpointError: naming the first tensor that is missing, left over or of another shape.
+    """
+    stored = set(weights.keys())
+    for row in rows:
+        if row.megatron not in stored:
+            raise CheckpointError(
+                f"{weights.folder}: tensor {row.megatron!r} is missing; the checkpoint belongs to another model than "
+                "its configuration"
+            )
+        check_shape(weights.shape(row.megatron), row.stored_shape, name=row.megatron, source=str(weights.folder))
+    left_over = sorted(stored - {row.megatron for row in rows})
+    if left_over:
+        raise CheckpointError(
+            f"{weights.folder}: tensor {left_over[0]!r} has no place in the exported model ({len(left_over)} such); "
+            "the checkpoint belongs to another model than its configuration"
+        )
+
+
+def exported_tensors(rows: Sequence[Row], weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of the export, in the order of the table; one checkpoint tensor is in memory at a time."""
+    for row in rows:
+        if row.expert is None:
+            tensor = weights.read(row.megatron)
+        else:
+            tensor = weights.read(row.megatron, start=row.expert, stop=row.expert + 1)[0]
+        yield from row.to_huggingface(tensor).items()
+
+
+def write_weights(
+    folder: Path, rows: Sequence[Row], weights: Weights, *, dtype: str | None, max_shard_bytes: int
+) -> list[TensorPlan]:
+    """Write the safetensors files; returns what they hold."""
+    wanted = getattr(torch, dtype) if dtype else None
+    plans = [
+        TensorPlan(name, shape, wanted or weights.dtype(row.megatron))
+        for row in rows
+        for name, shape in zip(row.huggingface, row.layout.huggingface_shapes, strict=True)
+    ]
+    with SafetensorsWriter(folder, plans, max_shard_bytes=max_shard_bytes) as writer:
+        for name, tensor in exported_tensors(rows, weights):
+            writer.write(name, tensor)
+    return plans
+
+
+def write_config(folder: Path, model: SymbioticConfig) -> None:
+    """Write ``config.json``, ``generation_config.json`` and ``processor_config.json``.
+
+    Readers differ in the names they know, so the rotary base and the dtype are written under both.
+    """
+    values = model.to_dict()
+    tree = {
+        "architectures": ["SymbioticForCausalLM"],
+        "auto_map": AUTO_MAP,
+        "model_type": model.model_type,
+        **{name: values[name] for name in SymbioticConfig.__annotations__ if name in values},
+        "rope_theta": model.rope_parameters["rope_theta"],
+        "dtype": values["dtype"],
+        "torch_dtype": values["dtype"],
+        "transformers_version": transformers.__version__,
+    }
+    write_json(folder / "config.json", tree)
+    ids = {name: tree[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # Plain sampling from the model's own distribution; transformers would keep the 50 likeliest ids.
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    write_json(folder / "generation_config.json", {**ids, **sampling, "transformers_version": transformers.__version__})
+    write_json(
+        folder / "processor_config.json",
+        {
+            "processor_class": PROCESSOR_CLASS,
+            "auto_map": {"AutoProcessor": f"processing_symbiotic.{PROCESSOR_CLASS}"},
+            "token_types": model.token_types,
+            "image_vocabulary": model.image_vocabulary,
+        },
+    )
+
+
+@contextlib.contextmanager
+def _written_at_once(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` that gets its name when the block ends well, every file flushed."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        for path in [*temporary.rglob("*"), temporary]:
+            if path.is_dir():
+                fsync_folder(path)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_folder(output.parent)

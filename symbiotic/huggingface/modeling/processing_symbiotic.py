@@ -1,0 +1,207 @@
+"""Processor of a Symbiotic model: documents of text and images to model inputs, and outputs back to images.
+
+This file travels inside an exported folder; it needs torch, transformers, numpy and, for pictures, Pillow.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+CODEC_FOLDER = "codec"
+USES = ("understand", "generate")
+
+
+class PatchCodec:
+    """The patch codebook of an exported folder: a code is the nearest of a table of small patches.
+
+    Args:
+        centres: uint8 [codes, stride * stride * channels].
+        stride: pixels a code covers in each direction.
+        channels: 1 (grey) or 3 (RGB).
+    """
+
+    def __init__(self, centres: np.ndarray, *, stride: int, channels: int) -> None:
+        self.centres = centres
+        self.stride = stride
+        self.channels = channels
+
+    @classmethod
+    def load(cls, folder: Path) -> PatchCodec:
+        """Read ``codec.json`` and ``centres.npy``."""
+        description = json.loads((folder / "codec.json").read_text(encoding="utf-8"))
+        if description["kind"] != "patch":
+            raise ValueError(f"{folder}: codec of kind {description['kind']!r} can't be read here, only 'patch'")
+        centres = np.load(folder / "centres.npy", allow_pickle=False)
+        return cls(centres, stride=description["stride"], channels=description["channels"])
+
+    def encode(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """Codes int64 [rows, columns] of a picture, or of pixels uint8 [height, width(, channels)]."""
+        if isinstance(image, Image.Image):
+            image = np.asarray(image.convert("L" if self.channels == 1 else "RGB"))
+        pixels = np.asarray(image).reshape(*np.shape(image)[:2], self.channels).astype(np.int64)
+        height, width = pixels.shape[:2]
+        if height % self.stride or width % self.stride:
+            raise ValueError(f"an image of {height}x{width} pixels can't be cut into patches of {self.stride}")
+        grid = pixels.reshape(height // self.stride, self.stride, width // self.stride, self.stride, self.channels)
+        patches = grid.transpose(0, 2, 1, 3, 4).reshape(*grid.shape[0:3:2], -1)
+        centres = self.centres.astype(np.int64)
+        return np.argmin((centres**2).sum(axis=1) - patches @ (2 * centres.T), axis=-1)
+
+    def decode(self, codes: np.ndarray) -> Image.Image:
+        """The picture of codes [rows, columns]."""
+        rows, columns = codes.shape
+        grid = self.centres[codes].reshape(rows, columns, self.stride, self.stride, self.channels)
+        pixels = grid.transpose(0, 2, 1, 3, 4).reshape(rows * self.stride, columns * self.stride, self.channels)
+        return Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
+
+
+class SymbioticProcessor(ProcessorMixin):
+    """Documents to ``input_ids``, ``attention_mask`` and ``token_type_ids``; generated ids to text and pictures.
+
+    A document is a list of segments: a string, or ``{"type": "image", "use": "understand" | "generate"}`` with
+    ``image`` (a picture, needs the codec) or ``codes`` [rows, columns]. An image to generate with ``size``
+    (rows, columns of codes) instead is left open, for ``generate()`` to draw.
+
+    Args:
+        tokenizer: the text tokenizer of the folder.
+        token_types: name -> value of every token type.
+        image_vocabulary: ids of image controls and codes, as in the model's configuration; None without images.
+    """
+
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask", "token_type_ids"]
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        token_types: dict[str, int] | None = None,
+        image_vocabulary: dict[str, Any] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        super().__init__(tokenizer, chat_template=chat_template)
+        self.token_types = token_types or {"text": 0, "understanding_code": 1, "generation_code": 2, "padding": 15}
+        self.image_vocabulary = image_vocabulary
+        self._codec: PatchCodec | None = None
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> SymbioticProcessor:
+        """As in transformers; a ``codec`` folder beside the files is opened too."""
+        processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        folder = Path(pretrained_model_name_or_path) / CODEC_FOLDER
+        if folder.is_dir():
+            processor._codec = PatchCodec.load(folder)
+        return processor
+
+    @property
+    def codec(self) -> PatchCodec:
+        """The image codec (ValueError where the folder has none)."""
+        if self._codec is None:
+            raise ValueError("this folder has no image codec: pass and read image codes instead of pictures")
+        return self._codec
+
+    def __call__(self, documents: str | Sequence[Any], return_tensors: str = "pt") -> BatchFeature:
+        """Model inputs of one document or of a list of documents, padded on the left.
+
+        Args:
+            documents: a string, or a list of documents (each a list of segments, or a string).
+            return_tensors: ``pt``.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r}: only 'pt' is supported")
+        batch = [documents] if isinstance(documents, str) else documents
+        rows = [self._document([item] if isinstance(item, str) else item) for item in batch]
+        length = max(len(ids) for ids, _ in rows)
+        pad = self.tokenizer.pad_token_id
+        padded = {
+            "input_ids": [[pad] * (length - len(ids)) + ids for ids, _ in rows],
+            "attention_mask": [[0] * (length - len(ids)) + [1] * len(ids) for ids, _ in rows],
+            "token_type_ids": [[self.token_types["padding"]] * (length - len(ids)) + types for ids, types in rows],
+        }
+        return BatchFeature({name: torch.tensor(values) for name, values in padded.items()})
+
+    def _document(self, segments: Sequence[str | dict[str, Any]]) -> tuple[list[int], list[int]]:
+        """Ids and types of one document; each text segment is tokenized on its own, as in training."""
+        ids: list[int] = []
+        types: list[int] = []
+        for segment in segments:
+            if isinstance(segment, str):
+                segment = {"type": "text", "text": segment}
+            if segment["type"] == "text":
+                part = self.tokenizer(segment["text"], add_special_tokens=False).input_ids
+                part_types = [self.token_types["text"]] * len(part)
+            elif segment["type"] == "image" and segment.get("use") in USES:
+                part, part_types = self._image(segment)
+            else:
+                raise ValueError(f"segment {segment!r} is neither text nor an image with a use of {' or '.join(USES)}")
+            ids += part
+            types += part_types
+        return ids, types
+
+    def _image(self, segment: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Ids and types of an image: begin, resolution, rows of codes each closed by an end-of-row, end."""
+        table = self._images()
+        if "size" in segment:
+            rows, columns = segment["size"]
+            codes = None
+        else:
+            codes = np.asarray(segment["codes"] if "codes" in segment else self.codec.encode(segment["image"]))
+            rows, columns = codes.shape
+        resolution = [token for token, *size in table["resolutions"] if size == [rows, columns]]
+        if not resolution:
+            sizes = ", ".join(f"{height}x{width}" for _, height, width in table["resolutions"])
+            raise ValueError(f"an image of {rows}x{columns} codes has no resolution id; the vocabulary has {sizes}")
+        use = "understanding" if segment["use"] == "understand" else "generation"
+        text, code = self.token_types["text"], self.token_types[f"{use}_code"]
+        ids, types = [table[f"begin_{use}_image"], resolution[0]], [text, text]
+        if codes is None:
+            return ids, types
+        if codes.min() < 0 or codes.max() >= table["codebook_size"]:
+            raise ValueError(f"an image code is outside the codebook of {table['codebook_size']} codes")
+        for row in codes.tolist():
+            ids += [table["code_offset"] + value for value in row] + [table["end_of_row"]]
+            types += [code] * columns + [text]
+        return [*ids, table["end_of_image"]], [*types, text]
+
+    def _images(self) -> dict[str, Any]:
+        if self.image_vocabulary is None:
+            raise ValueError("this model's vocabulary has no images")
+        return self.image_vocabulary
+
+    def image_codes(self, ids: torch.Tensor | Sequence[int]) -> list[np.ndarray]:
+        """Codes [rows, columns] of every whole image in a row of ids, in order."""
+        table = self._images()
+        sizes = {token: (rows, columns) for token, rows, columns in table["resolutions"]}
+        begins = (table["begin_understanding_image"], table["begin_generation_image"])
+        row = np.asarray(ids)
+        images = []
+        for start in np.flatnonzero(np.isin(row, begins)):
+            if start + 1 >= len(row) or int(row[start + 1]) not in sizes:
+                continue
+            rows, columns = sizes[int(row[start + 1])]
+            end = start + 2 + rows * (columns + 1)
+            if end < len(row) and row[end] == table["end_of_image"]:
+                images.append(row[start + 2 : end].reshape(rows, columns + 1)[:, :columns] - table["code_offset"])
+        return images
+
+    def images(self, ids: torch.Tensor | Sequence[int]) -> list[Image.Image]:
+        """Pictures of every whole image in a row of ids, in order; needs the codec."""
+        return [self.codec.decode(codes) for codes in self.image_codes(ids)]
+
+    def decode(self, ids: torch.Tensor | Sequence[int], **kwargs) -> str:
+        """The text in a row of ids, without controls and images."""
+        text_ids = [int(token) for token in ids if int(token) < len(self.tokenizer)]
+        return self.tokenizer.decode(text_ids, **({"skip_special_tokens": True} | kwargs))
+
+    def batch_decode(self, rows: torch.Tensor | Sequence[Sequence[int]], **kwargs) -> list[str]:
+        """``decode`` of every row."""
+        return [self.decode(row, **kwargs) for row in rows]
+
+
+__all__ = ["SymbioticProcessor"]

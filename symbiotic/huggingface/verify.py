@@ -1,0 +1,191 @@
+"""Does the exported folder compute what the checkpoint computes? Logits of both, compared.
+
+    report = verify_export(source, "exports/digits", rows=random_rows(...))
+    print(report.table())
+
+Megatron runs in one process (which has to take the CPU for Megatron's GPU), the exported folder in another one that
+imports transformers only. Both compute in float32 on the same rows of tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import symbiotic
+from symbiotic.errors import CheckpointError
+from symbiotic.huggingface.logit_batch import LogitBatch, TokenRow
+from symbiotic.huggingface.source import Source
+from symbiotic.tokens.types import TokenType
+
+DEFAULT_TOLERANCE = 1e-5
+"""Largest logit difference over the logits' standard deviation that float32 may show."""
+
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "SLURM_STEP_NUM_TASKS")
+
+
+@dataclass(frozen=True)
+class LogitComparison:
+    """Two models' logits on some of the tokens.
+
+    Attributes:
+        tokens: ``all`` or the name of an input token's type.
+        num_tokens: input tokens compared.
+        standard_deviation: of the checkpoint's logits, over used ids.
+        max_over_std: largest absolute difference over that deviation.
+        mean_over_std: mean absolute difference over it.
+        mean_kl: mean KL divergence of the next-token distributions, in nats.
+        same_argmax: share of tokens with the same likeliest next token.
+    """
+
+    tokens: str
+    num_tokens: int
+    standard_deviation: float
+    max_over_std: float
+    mean_over_std: float
+    mean_kl: float
+    same_argmax: float
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Comparisons over all tokens (first) and by input type."""
+
+    rows: tuple[LogitComparison, ...]
+    tolerance: float
+
+    @property
+    def max_over_std(self) -> float:
+        """Largest difference over the standard deviation, over all tokens."""
+        return self.rows[0].max_over_std
+
+    @property
+    def holds(self) -> bool:
+        """Whether the largest difference is within the tolerance."""
+        return self.max_over_std <= self.tolerance
+
+    def table(self) -> str:
+        """The rows as aligned text."""
+        head = ("input tokens", "n", "std of logits", "max diff/std", "mean diff/std", "mean KL", "same argmax")
+        cells = [head] + [
+            (
+                row.tokens,
+                str(row.num_tokens),
+                f"{row.standard_deviation:.3f}",
+                f"{row.max_over_std:.2e}",
+                f"{row.mean_over_std:.2e}",
+                f"{row.mean_kl:.2e}",
+                f"{row.same_argmax:.4f}",
+            )
+            for row in self.rows
+        ]
+        widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+        verdict = "within" if self.holds else "PAST"
+        return "\n".join([*lines, f"largest difference is {verdict} the tolerance of {self.tolerance:g}"])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values."""
+        rows = [asdict(row) for row in self.rows]
+        return {"tolerance": self.tolerance, "max_over_std": self.max_over_std, "holds": self.holds, "rows": rows}
+
+
+def verify_export(
+    source: Source,
+    folder: Path | str,
+    *,
+    rows: Sequence[TokenRow],
+    config: Path | None = None,
+    tolerance: float = DEFAULT_TOLERANCE,
+) -> VerifyReport:
+    """Compare a checkpoint with an exported folder.
+
+    Args:
+        source: the checkpoint.
+        folder: what ``export_checkpoint`` wrote.
+        rows: documents to compute logits of.
+        config: the configuration file that ``source`` was opened with, if it was.
+        tolerance: bound of the largest difference over the standard deviation.
+
+    Raises:
+        CheckpointError: one of the two models could not be run; its own message is passed on.
+    """
+    batch = LogitBatch.of(rows, pad=source.vocabulary.pad)
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "batch.npz"
+        batch.save(path)
+        settings = ["--vocabulary", source.vocabulary_path, *(["--config", config] if config else [])]
+        megatron = _run("megatron_logits", source.folder, path, Path(scratch) / "megatron.npy", *settings)
+        exported = _run("exported_logits", folder, path, Path(scratch) / "exported.npy")
+    used = source.vocabulary.used_mask()
+    return VerifyReport(compare_logits(megatron, exported, batch=batch, used=used), tolerance)
+
+
+def _run(module: str, model: Path | str, batch: Path, output: Path, *settings: Path | str) -> np.ndarray:
+    """Run one side in a fresh process and read its logits."""
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
+    roots = [str(Path(symbiotic.__file__).parents[1]), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(root for root in roots if root)
+    command = [sys.executable, "-m", f"symbiotic.huggingface.{module}", model, batch, output, *settings]
+    result = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = result.stderr.strip().rsplit("error: ", 1)[-1] or f"exit code {result.returncode}"
+        raise CheckpointError(f"{model}: its logits could not be computed: {reason}")
+    return np.load(output)
+
+
+def compare_logits(
+    expected: np.ndarray, found: np.ndarray, *, batch: LogitBatch, used: np.ndarray
+) -> tuple[LogitComparison, ...]:
+    """Compare logits [rows, s, vocabulary] over the used ids, over all tokens and for each input type.
+
+    Args:
+        expected: the checkpoint's logits.
+        found: the exported folder's.
+        batch: the rows that both were computed on.
+        used: bool [vocabulary], False on padding and spare rows.
+
+    Raises:
+        CheckpointError: the vocabularies differ in size, or a used id has no finite logit.
+    """
+    if expected.shape != found.shape:
+        raise CheckpointError(f"the exported model has logits {found.shape}, the checkpoint {expected.shape}")
+    real = batch.real
+    types = batch.token_types[real]
+    expected, found = expected[real][:, used].astype(np.float64), found[real][:, used].astype(np.float64)
+    if not (np.isfinite(expected).all() and np.isfinite(found).all()):
+        raise CheckpointError("a model gives logits that are not finite for ids in use; there is nothing to compare")
+    rows = [_comparison("all", expected, found, scale=expected.std())]
+    for token_type in np.unique(types).tolist():
+        mask = types == token_type
+        name = TokenType(token_type).name.lower()
+        rows.append(_comparison(name, expected[mask], found[mask], scale=expected.std()))
+    return tuple(rows)
+
+
+def _comparison(tokens: str, expected: np.ndarray, found: np.ndarray, *, scale: float) -> LogitComparison:
+    """Logits [n, ids] against logits [n, ids]; differences are divided by ``scale``."""
+    difference = np.abs(expected - found)
+    log_p, log_q = _log_softmax(expected), _log_softmax(found)
+    return LogitComparison(
+        tokens=tokens,
+        num_tokens=len(expected),
+        standard_deviation=float(expected.std()),
+        max_over_std=float(difference.max() / scale),
+        mean_over_std=float(difference.mean() / scale),
+        mean_kl=float((np.exp(log_p) * (log_p - log_q)).sum(axis=1).mean()),
+        same_argmax=float((expected.argmax(axis=1) == found.argmax(axis=1)).mean()),
+    )
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

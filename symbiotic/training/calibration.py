@@ -1,0 +1,105 @@
+"""A trained model run over shards without training: which experts serve which data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+
+from symbiotic.config import Config, layer_pattern
+from symbiotic.config.megatron import transformer_config
+from symbiotic.data.batches import BatchIterator
+from symbiotic.data.dataset import SinglePass
+from symbiotic.data.sources import VALIDATION_SEED, open_dataset
+from symbiotic.model.partition import ExpertPartition
+from symbiotic.model.usage import counting_usage, gather_usage
+from symbiotic.tokens.vocabulary import VocabularyLayout
+from symbiotic.training.checkpoint.storage import load_checkpoint
+from symbiotic.training.chunks import build_chunks
+from symbiotic.training.forward import run_schedule
+from symbiotic.training.loader import Microbatch, StepLoader
+
+
+def measure_expert_use(
+    config: Config, *, checkpoint: Path, partition: ExpertPartition, prefixes: Mapping[str, str]
+) -> np.ndarray:
+    """Run a checkpoint over corpora, one pass over each, and count the experts' use. Collective.
+
+    Args:
+        config: the configuration that the checkpoint was trained with.
+        checkpoint: its folder.
+        partition: its partition.
+        prefixes: kind of data -> shard prefix.
+
+    Returns:
+        int64 [kinds, blocks, 16 token types, experts] (token, choice) pairs by logical expert id, padding included
+        under its own type; the same on every rank.
+    """
+    vocabulary = VocabularyLayout.load(config.model.vocabulary)
+    transformer = transformer_config(config)
+    chunks = build_chunks(config, transformer=transformer, partition=partition, vocabulary=vocabulary)
+    load_weights(chunks, checkpoint, verify=config.checkpoint.verify)
+    blocks = layer_pattern(config).moe_blocks
+    counts = []
+    for name, prefix in prefixes.items():
+        with counting_usage(chunks):
+            _one_pass(chunks, config, vocabulary=vocabulary, name=name, prefix=prefix)
+            counts.append(gather_usage(chunks, blocks=blocks).cpu().numpy())
+    return np.stack(counts)
+
+
+def load_weights(chunks: list[torch.nn.Module], checkpoint: Path, *, verify: str) -> None:
+    """Load a checkpoint's weights into bare model chunks. Collective.
+
+    Raises:
+        CheckpointError: it is damaged, or of another model.
+    """
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    metadata = {"singleton_local_shards": False, "dp_cp_group": group}
+    states = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
+    loaded = load_checkpoint(checkpoint, states, verify=verify)
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+
+
+def _one_pass(
+    chunks: list[torch.nn.Module], config: Config, *, vocabulary: VocabularyLayout, name: str, prefix: str
+) -> None:
+    """Forward passes over every window of one corpus."""
+    dataset = SinglePass(
+        open_dataset(
+            [prefix],
+            name=name,
+            sequence_length=config.model.sequence_length,
+            vocabulary=vocabulary,
+            packing=config.data.packing,
+            seed=VALIDATION_SEED,
+        )
+    )
+    batches = BatchIterator(
+        dataset,
+        micro_batch_size=config.training.micro_batch_size,
+        global_batch_size=config.training.micro_batch_size * parallel_state.get_data_parallel_world_size(),
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+    )
+    loader = StepLoader(
+        batches.microbatches,
+        num_microbatches=batches.num_microbatches,
+        shape=(config.training.micro_batch_size, config.model.sequence_length),
+        group=parallel_state.get_tensor_model_parallel_group(),
+    )
+    windows = config.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        for step in range(-(-len(dataset) // windows)):
+            run_schedule(chunks, loader(step), _no_loss, forward_only=True, num_sums=1)
+
+
+def _no_loss(losses: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Calibration looks at the routers only."""
+    return losses.mean(), torch.zeros(1, dtype=torch.float64, device=losses.device)

@@ -1,0 +1,169 @@
+"""What the ranks of training tests do: runs in processes of tests.support.ranks."""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from symbiotic.config import load_config
+from symbiotic.training.build import build_trainer
+from symbiotic.training.callbacks.base import Callback
+from symbiotic.training.exits import Verdict
+from symbiotic.training.run import train
+from symbiotic.training.trainer import Trainer
+
+
+def train_run(file: str, overrides: list[str] | None = None) -> tuple[Verdict, list[dict[str, Any]]]:
+    """Train as pretrain_symbiotic.py does; the verdict and what the run has logged so far. Makes its own groups."""
+    config = load_config(file, overrides or [])
+    verdict = train(config)
+    return verdict, read_log(config.run.folder)
+
+
+def read_log(folder: str) -> list[dict[str, Any]]:
+    lines = (Path(folder) / "log.jsonl").read_text("utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+@contextmanager
+def trainer_of(file: str, overrides: list[str] | None = None) -> Iterator[Trainer]:
+    """A Trainer on groups that exist."""
+    trainer = build_trainer(load_config(file, overrides or []))
+    try:
+        yield trainer
+    finally:
+        trainer.close()
+
+
+class Watch(Callback):
+    """Calls a function after every step."""
+
+    def __init__(self, look: Callable[[Trainer, Any], None]) -> None:
+        self._look = look
+
+    def after_step(self, trainer, result):
+        self._look(trainer, result)
+
+
+def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
+    """Name -> copy of every parameter on this rank."""
+    return {name: p.detach().clone() for chunk in trainer.chunks for name, p in chunk.named_parameters()}
+
+
+def roles(trainer: Trainer) -> dict[str, str]:
+    return {name: p.role for chunk in trainer.chunks for name, p in chunk.named_parameters()}
+
+
+def largest_updates(file: str, overrides: list[str]) -> list[dict[str, tuple[float, float]]]:
+    """For every step: role -> (its rate, the largest change of any of its values)."""
+    with trainer_of(file, overrides) as trainer:
+        steps, before, role_of = [], parameters(trainer), roles(trainer)
+
+        def look(trainer, result):
+            after = parameters(trainer)
+            changes: dict[str, float] = {}
+            for name, role in role_of.items():
+                changes[role] = max(changes.get(role, 0.0), float((after[name] - before[name]).abs().max()))
+            before.update(after)
+            steps.append({role: (result.rates[role], change) for role, change in changes.items()})
+
+        trainer.callbacks.append(Watch(look))
+        trainer.fit()
+        return steps
+
+
+def frozen_state(file: str, overrides: list[str]) -> dict[str, Any]:
+    """What two frozen steps and a free one do to the attention weights, moments and gradient norm."""
+    with trainer_of(file, overrides) as trainer:
+        optimizer = trainer._step.optimizer
+        start, seen = parameters(trainer), []
+
+        def look(trainer, result):
+            groups = [group for group in optimizer.param_groups if group["role"] == "attention"]
+            moments = [
+                state["exp_avg"].abs().max().item() for state in _states(optimizer, role="attention") if state
+            ]
+            norm = sum(
+                float(p.main_grad.double().square().sum())
+                for chunk in trainer.chunks
+                for p in chunk.parameters()
+                if p.role != "attention"
+            )
+            now = parameters(trainer)
+            seen.append(
+                {
+                    "frozen": result.rates["attention"] == 0.0,
+                    "same": all(
+                        torch.equal(now[name], start[name]) for name, role in roles(trainer).items() if role == "attention"
+                    ),
+                    "moment": max(moments),
+                    "grad_norm": result.grad_norm,
+                    "norm_without_attention": norm**0.5,
+                    "step_counts": sorted({group["step"] for group in optimizer.param_groups}),
+                    "attention_groups": len(groups),
+                }
+            )
+
+        trainer.callbacks.append(Watch(look))
+        trainer.fit()
+        return {"steps": seen}
+
+
+def _states(optimizer, *, role: str):
+    for part in optimizer.chained_optimizers:
+        for group in part.optimizer.param_groups:
+            if group["role"] == role:
+                yield from (part.optimizer.state[parameter] for parameter in group["params"])
+
+
+def role_counts(file: str, overrides: list[str]) -> dict[str, int]:
+    """Parameters of the whole model by role."""
+    from symbiotic.training.optimizer import count_by_role
+
+    with trainer_of(file, overrides) as trainer:
+        return count_by_role(trainer.chunks)
+
+
+def group_identifiers(file: str, overrides: list[str]) -> list[tuple[Any, ...]]:
+    """What megatron-core knows each parameter group by, and its role."""
+    from megatron.core.optimizer.optimizer import param_group_identifier_keys
+
+    with trainer_of(file, overrides) as trainer:
+        groups = trainer._step.optimizer.param_groups
+        return [tuple(group.get(key) for key in param_group_identifier_keys) for group in groups]
+
+
+def loaded_batches(file: str, overrides: list[str], *, step: int) -> list[dict[str, Any]]:
+    """The microbatches of a step as lists, as this rank gets them."""
+    with trainer_of(file, overrides) as trainer:
+        return [
+            {name: (value.tolist(), str(value.dtype)) for name, value in batch.items() if name != "documents"}
+            for batch in trainer.data(step)
+        ]
+
+
+def train_until_signal(
+    file: str, overrides: list[str], *, step: int, number: int, on_rank: int
+) -> tuple[Verdict, list[dict[str, Any]]]:
+    """As ``train_run``, with a signal to one rank's process after ``step``."""
+    from symbiotic.training import build
+
+    def build_with_signal(config):
+        trainer = build_trainer(config)
+
+        def send(trainer, result):
+            if trainer.state.step == step and torch.distributed.get_rank() == on_rank:
+                os.kill(os.getpid(), number)
+
+        trainer.callbacks.append(Watch(send))
+        return trainer
+
+    build.build_trainer = build_with_signal
+    try:
+        return train_run(file, overrides)
+    finally:
+        build.build_trainer = build_trainer

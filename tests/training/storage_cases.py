@@ -1,0 +1,203 @@
+"""Functions that test_storage.py and test_weights.py run on several ranks."""
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
+from torch.distributed.checkpoint import FileSystemWriter
+
+from symbiotic.errors import CheckpointError
+from symbiotic.training.checkpoint.storage import CheckpointStore, load_checkpoint
+
+COMMON = {"step": 3, "stage": "warm-up", "counts": torch.arange(4), "position": [1, 2.5, None, True]}
+
+
+def numbers(*, offset: float = 0.0) -> torch.Tensor:
+    """What the checkpoint holds as one tensor: 8 x 3 different values."""
+    return torch.arange(24, dtype=torch.float32).view(8, 3) + offset
+
+
+def state(*, offset: float = 0.0, empty: bool = False, extra: str | None = None) -> dict[str, Any]:
+    """A sharded state dict: a tensor split over the ranks, one that all have, and an object a rank."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = numbers(offset=offset).chunk(size)[rank].clone()
+    shared = torch.full((2,), 7.0 + offset)
+    if empty:
+        rows, shared = torch.zeros_like(rows), torch.zeros_like(shared)
+    tensors = {
+        "split": ShardedTensor.from_rank_offsets("split.weight", rows, (0, rank, size)),
+        "shared": ShardedTensor.from_rank_offsets("shared.weight", shared, replica_id=rank),
+    }
+    if extra:
+        tensors["extra"] = ShardedTensor.from_rank_offsets(extra, torch.zeros(1), replica_id=rank)
+    return {"model": tensors, "random": ShardedObject("random", {"rank": rank}, (size,), (rank,))}
+
+
+def save(*, folder: Path, steps: list[int], **options: Any) -> None:
+    """Save once for each step; the values tell the step."""
+    store = CheckpointStore(folder, **options)
+    for step in steps:
+        store.save(step, state(offset=step), common=COMMON, partition={"groups": ["a"]}, config={"run": {"seed": 1}})
+
+
+def load(*, folder: Path, step: int, with_objects: bool = True, verify: str = "full") -> dict[str, Any]:
+    """Load; the whole split tensor, the shared one, and the rest."""
+    wanted = state(empty=True)
+    if not with_objects:
+        del wanted["random"]
+    loaded = CheckpointStore(folder, verify=verify).load(wanted, step)
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, loaded["model"]["split"])
+    return {**loaded, "split": torch.cat(parts), "shared": loaded["model"]["shared"]}
+
+
+def load_with_megatron(*, folder: Path) -> dict[str, Any]:
+    """The same folder through megatron-core's own loader."""
+    return dist_checkpointing.load(state(empty=True), str(folder), strict="raise_all")
+
+
+def load_other_model(*, folder: Path, change: str) -> str:
+    """The refusal when the run's tensors are others."""
+    wanted = state(empty=True)
+    tensors = wanted["model"]
+    if change == "missing":
+        tensors["extra"] = ShardedTensor.from_rank_offsets("decoder.new", torch.zeros(1), replica_id=dist.get_rank())
+    elif change == "extra":
+        del tensors["shared"]
+    else:
+        tensors["shared"] = ShardedTensor.from_rank_offsets("shared.weight", torch.zeros(5), replica_id=dist.get_rank())
+        tensors["shared"].allow_shape_mismatch = True
+    return _refusal(lambda: load_checkpoint(folder, wanted))
+
+
+def newest(*, folder: Path, verify: str = "full") -> tuple[int | str | None, list[str]]:
+    """The newest usable step or the refusal, and what was logged."""
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logger = logging.getLogger("symbiotic.training.checkpoint.storage")
+    logger.addHandler(handler)
+    try:
+        return CheckpointStore(folder, verify=verify).newest_complete(), records
+    except CheckpointError as error:
+        return str(error), records
+    finally:
+        logger.removeHandler(handler)
+
+
+def save_on_a_full_disk(*, folder: Path) -> tuple[str, list[str]]:
+    """Rank 1 finds the disk full; the refusal on this rank and what is in the folder afterwards."""
+    write = FileSystemWriter.write_data
+
+    def write_data(self: FileSystemWriter, *args: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device", str(self.path))
+        return write(self, *args)
+
+    with mock.patch.object(FileSystemWriter, "write_data", write_data):
+        message = _refusal(lambda: save(folder=folder, steps=[2]))
+    dist.barrier()
+    return message, sorted(path.name for path in folder.iterdir())
+
+
+def save_what_cannot_be_read(*, folder: Path) -> str:
+    """The refusal of an object that would need code to be read back."""
+    return _refusal(lambda: CheckpointStore(folder).save(1, state(), common={"path": CheckpointStore(folder)}))
+
+
+def save_overlapping(*, folder: Path) -> str:
+    """The refusal when two ranks claim the same rows."""
+    wrong = {"a": ShardedTensor.from_rank_offsets("a", torch.zeros(2), (0, 0, 2))}
+    return _refusal(lambda: CheckpointStore(folder).save(1, wrong, common={}))
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing in the code under test may catch it and go on."""
+
+
+@contextlib.contextmanager
+def killed_at(call: int) -> Iterator[list[str]]:
+    """End the process's work at the ``call``-th change of a name or a folder on disk; collects the changes."""
+    changes: list[str] = []
+
+    def counted(name: str, function: Any) -> Any:
+        def change(*args: Any, **kwargs: Any) -> Any:
+            if len(changes) == call:
+                raise Killed
+            changes.append(f"{name} {Path(str(args[0])).name}")
+            return function(*args, **kwargs)
+
+        return change
+
+    names = [(os, "replace"), (Path, "rename"), (Path, "mkdir"), (Path, "unlink"), (shutil, "rmtree")]
+    with contextlib.ExitStack() as stack:
+        for owner, name in names:
+            stack.enter_context(mock.patch.object(owner, name, counted(name, getattr(owner, name))))
+        yield changes
+
+
+def save_killed_everywhere(*, folder: Path) -> list[tuple[str, int | None, float]]:
+    """Kill the second save before each of its changes; what a restarted run finds, and that it can go on."""
+    found = []
+    for call in range(100):
+        shutil.rmtree(folder, ignore_errors=True)
+        save(folder=folder, steps=[1], keep=1)
+        try:
+            with killed_at(call) as changes:
+                save(folder=folder, steps=[2], keep=1)
+        except Killed:
+            pass
+        finished = len(changes) < call
+        step = CheckpointStore(folder).newest_complete()
+        first = load(folder=folder, step=step)["split"][0, 0]
+        found.append((changes[-1] if changes else "nothing", step, float(first)))
+        save(folder=folder, steps=[3], keep=1)
+        assert CheckpointStore(folder).newest_complete() == 3
+        assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-3"]
+        if finished:
+            return found
+    raise AssertionError("the save never ended")
+
+
+def load_weights(*, folder: Path) -> dict[str, Any]:
+    """A folder that weights.py wrote, loaded into shards of this rank: rows of one tensor, experts of another."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    wanted = {
+        "rows": ShardedTensor.from_rank_offsets("rows", torch.zeros(8 // size, 3), (0, rank, size)),
+        "experts": ShardedTensor.from_rank_offsets("experts", torch.zeros(4 // size, 2, 3), (0, rank, size)),
+        "scalar": ShardedTensor.from_rank_offsets("scalar", torch.zeros(()), replica_id=rank),
+    }
+    return load_checkpoint(folder, wanted)
+
+
+def load_rows_and_random(*, folder: Path) -> dict[str, Any]:
+    """A tensor and an object of a rank."""
+    wanted = {
+        "rows": ShardedTensor.from_rank_offsets("rows", torch.zeros(8, 3)),
+        "random": ShardedObject("random", None, (1,), (0,)),
+    }
+    return load_checkpoint(folder, wanted)
+
+
+def _refusal(action: Any) -> str:
+    try:
+        action()
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def changes_of_a_save(*, folder: Path) -> list[str]:
+    """The changes of names and folders that one save makes, in their order."""
+    with killed_at(-1) as changes:
+        save(folder=folder, steps=[1])
+    return changes
