@@ -32,8 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = load_config(options.config, options.overrides, check_files=not options.dry_run)
     if options.dry_run:
         from symbiotic.config.plan import plan
+        from symbiotic.config.yaml_tree import dump_yaml
 
-        print(plan(config))
+        print(dump_yaml(config.to_dict()), plan(config), sep="\n")
         return 0
     from symbiotic.distributed.cpu_device import choose_device, enter_cpu_device
     from symbiotic.distributed.processes import read_place

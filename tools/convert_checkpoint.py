@@ -1,4 +1,3 @@
-#!/usr/bin/env python3
 """Convert checkpoints to Hugging Face folders, and check that both compute the same.
 
     python tools/convert_checkpoint.py export runs/digits/generation exports/digits --codec corpus/codec
@@ -13,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from symbiotic.errors import CheckpointError, exits_on_user_error
@@ -21,7 +22,7 @@ from symbiotic.files import write_json
 DEFAULT_SHARD_GIGABYTES = 5.0
 
 
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -60,69 +61,65 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, help="also write the comparison as JSON")
 
 
-def main() -> int:
-    """The command; returns the exit code."""
-    arguments = parse_arguments()
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line of the tool; returns the exit code."""
+    options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return {"export": export, "verify": verify}[arguments.command](arguments)
+    return {"export": export, "verify": verify}[options.command](options)
 
 
-def export(arguments: argparse.Namespace) -> int:
+def export(options: argparse.Namespace) -> int:
     """Write the folder, then compare."""
     from symbiotic.huggingface.export import export_checkpoint
     from symbiotic.huggingface.source import open_source
 
-    source = open_source(arguments.checkpoint, config=arguments.config, vocabulary=arguments.vocabulary)
-    if arguments.shard_gb <= 0:
-        raise CheckpointError(f"--shard-gb {arguments.shard_gb:g} is no size; give a positive number of gigabytes")
+    source = open_source(options.checkpoint, config=options.config, vocabulary=options.vocabulary)
+    if options.shard_gb <= 0:
+        raise CheckpointError(f"--shard-gb {options.shard_gb:g} is no size; give a positive number of gigabytes")
     folder = export_checkpoint(
         source,
-        arguments.output,
-        tokenizer=arguments.tokenizer,
-        codec=arguments.codec,
-        dtype=arguments.dtype,
-        license_id=arguments.license,
-        max_shard_bytes=int(arguments.shard_gb * 1e9),
+        options.output,
+        tokenizer=options.tokenizer,
+        codec=options.codec,
+        dtype=options.dtype,
+        license_id=options.license,
+        max_shard_bytes=int(options.shard_gb * 1e9),
     )
     print(f"exported {source.folder} to {folder}")
-    if arguments.no_verify:
+    if options.no_verify:
         print("not verified, as --no-verify was given")
         return 0
-    if arguments.dtype is not None and arguments.tolerance is None:
-        print(
-            f"not verified: --dtype {arguments.dtype} may round the weights; verify with a --tolerance of your choice"
-        )
+    if options.dtype is not None and options.tolerance is None:
+        print(f"not verified: --dtype {options.dtype} may round the weights; verify with a --tolerance of your choice")
         return 0
-    return verify(arguments)
+    return verify(options)
 
 
-def verify(arguments: argparse.Namespace) -> int:
+def verify(options: argparse.Namespace) -> int:
     """Compare logits; exit code 1 past the tolerance."""
     from symbiotic.huggingface.logit_batch import random_rows, shard_rows
     from symbiotic.huggingface.source import open_source
     from symbiotic.huggingface.verify import DEFAULT_TOLERANCE, verify_export
 
-    source = open_source(arguments.checkpoint, config=arguments.config, vocabulary=arguments.vocabulary)
-    if not (arguments.output / "config.json").is_file():
-        raise CheckpointError(
-            f"{arguments.output} has no config.json; write it with tools/convert_checkpoint.py export"
-        )
-    length, count = source.config.model.sequence_length, arguments.documents
+    source = open_source(options.checkpoint, config=options.config, vocabulary=options.vocabulary)
+    if not (options.output / "config.json").is_file():
+        raise CheckpointError(f"{options.output} has no config.json; write it with tools/convert_checkpoint.py export")
+    length, count = source.config.model.sequence_length, options.documents
     rows = random_rows(source.vocabulary, count=count, length=length)
-    for prefix in arguments.data:
+    for prefix in options.data:
         rows += shard_rows(prefix, source.vocabulary, count=count, length=length)
     report = verify_export(
         source,
-        arguments.output,
+        options.output,
         rows=rows,
-        config=arguments.config,
-        tolerance=DEFAULT_TOLERANCE if arguments.tolerance is None else arguments.tolerance,
+        config=options.config,
+        tolerance=DEFAULT_TOLERANCE if options.tolerance is None else options.tolerance,
     )
     print(report.table())
-    if arguments.report is not None:
-        write_json(arguments.report, report.to_dict())
+    if options.report is not None:
+        write_json(options.report, report.to_dict())
     return 0 if report.holds else 1
 
 
 if __name__ == "__main__":
-    exits_on_user_error(main)()
+    sys.exit(exits_on_user_error(main)())

@@ -89,22 +89,36 @@ def _minutes_since(moment: float) -> float:
 
 def read_phases(folder: Path) -> dict[str, Any]:
     """``phases.json``: ``began`` (seconds since 1970) and ``minutes`` of each phase; empty when there is none."""
-    path = folder / "phases.json"
+    return _read_json(folder / "phases.json")
+
+
+def measured_rows(folder: Path) -> list[Row]:
+    """All rows that the phases left behind: of the models, of the verification, and minutes."""
+    files = [folder / "evaluation" / model / "results.json" for model in MODELS]
+    rows = [row for path in files if path.exists() for row in read_results(path)[0]]
+    minutes = read_phases(folder).get("minutes", {})
+    return (
+        rows + _verification(folder) + [Row(f"minutes.{phase}", value, "minutes") for phase, value in minutes.items()]
+    )
+
+
+def _verification(folder: Path) -> list[Row]:
+    """The exported logits against the checkpoint's, as tools/convert_checkpoint.py wrote the comparison."""
+    comparison = _read_json(folder / "verification.json")
+    if not comparison:
+        return []
+    num_tokens = comparison["rows"][0]["num_tokens"]
+    return [Row("huggingface.logit_difference_over_std", comparison["max_over_std"], "ratio", n=num_tokens)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON file's content; empty when there is no such file."""
     if not path.exists():
         return {}
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: line {error.lineno}: not JSON ({error.msg}); run the recipe again") from error
-
-
-def measured_rows(folder: Path) -> list[Row]:
-    """All rows that the phases left behind: of the models, of the verification, and minutes."""
-    files = [folder / "evaluation" / model / "results.json" for model in MODELS]
-    files.append(folder / "verification.json")
-    rows = [row for path in files if path.exists() for row in read_results(path)[0]]
-    minutes = read_phases(folder).get("minutes", {})
-    return rows + [Row(f"minutes.{phase}", value, "minutes") for phase, value in minutes.items()]
 
 
 def _curves(folder: Path) -> list[Section]:
@@ -146,11 +160,8 @@ def _pictures(folder: Path) -> list[Section]:
 
 def _experts(folder: Path) -> list[Section]:
     titles = {"understanding": "before: after understanding", "final": "after: final model"}
-    uses = []
-    for model, title in titles.items():
-        path = folder / "evaluation" / model / "expert_use.json"
-        if path.exists():
-            uses.append((title, ExpertUse.from_dict(json.loads(path.read_text(encoding="utf-8")))))
+    tables = {title: _read_json(folder / "evaluation" / model / "expert_use.json") for model, title in titles.items()}
+    uses = [(title, ExpertUse.from_dict(table)) for title, table in tables.items() if table]
     if not uses:
         return []
     text = (

@@ -113,16 +113,36 @@ def ddp_config(config: Config) -> DistributedDataParallelConfig:
     return _build(DistributedDataParallelConfig, config.ddp, {}, section=DDP, config=config)
 
 
+def check_megatron_fields(config: Config) -> None:
+    """Names and types of the three sections' fields, without building anything: what a dry run can say.
+
+    It needs neither the run's device nor the CPU device.
+
+    Raises:
+        ConfigError: an unknown field or a wrong type.
+    """
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    _typed_fields(TransformerConfig, config.transformer, section=TRANSFORMER, config=config)
+    _typed_fields(OptimizerConfig, config.optimizer, section=OPTIMIZER, config=config)
+    _typed_fields(DistributedDataParallelConfig, config.ddp, section=DDP, config=config)
+
+
 def check_megatron_sections(config: Config) -> None:
-    """Build all three, for their errors: the last check before a process group starts."""
+    """Build all three, for their errors: the last check before a process group starts.
+
+    Raises:
+        ConfigError: as :func:`transformer_config`.
+    """
     transformer_config(config)
     optimizer_config(config)
     ddp_config(config)
 
 
-def _build[Section](
-    cls: type[Section], values: dict[str, Any], derived: dict[str, Any], *, section: str, config: Config
-) -> Section:
+def _typed_fields(cls: type, values: dict[str, Any], *, section: str, config: Config) -> dict[str, Any]:
+    """The section's values in the types of Megatron's dataclass ``cls``."""
     known = [item.name for item in dataclasses.fields(cls) if item.init]
     hints = _hints(cls)
     typed = {}
@@ -133,9 +153,16 @@ def _build[Section](
                 (section, name), f"is not a field of Megatron's {section}: {_suggestion(name, names)}"
             )
         typed[name] = _typed(value, hints[name], name=name, section=section, config=config)
+    return typed
+
+
+def _build[Section](
+    cls: type[Section], values: dict[str, Any], derived: dict[str, Any], *, section: str, config: Config
+) -> Section:
+    typed = _typed_fields(cls, values, section=section, config=config)
     try:
         return cls(**{**typed, **derived})
-    except (ValueError, AssertionError, TypeError, ImportError, RuntimeError) as error:
+    except Exception as error:  # whatever Megatron's own checks raise is about the values that it was given
         reason = " ".join(str(error).split()) or type(error).__name__
         raise config.origin.error(
             (section,), f"is refused by megatron-core: {reason.rstrip('.')}; change the field that it names"

@@ -66,6 +66,31 @@ READ: dict[str, dict[str, tuple[type | None, Any]]] = {
 }  # fmt: skip
 """Fields that our own checks and the plan read: field -> (type, Megatron's default)."""
 
+LIMITS: dict[str, dict[str, tuple[float | None, float | None]]] = {
+    TRANSFORMER: {
+        "hidden_dropout": (0.0, 1.0),
+        "attention_dropout": (0.0, 1.0),
+        "layernorm_epsilon": (0.0, None),
+        "init_method_std": (0.0, None),
+        "embedding_init_method_std": (0.0, None),
+        "moe_aux_loss_coeff": (0.0, None),
+        "moe_z_loss_coeff": (0.0, None),
+        "moe_input_jitter_eps": (0.0, 1.0),
+        "moe_router_bias_update_rate": (0.0, None),
+        "recompute_num_layers": (1, None),
+    },
+    OPTIMIZER: {
+        "adam_beta1": (0.0, 1.0),
+        "adam_beta2": (0.0, 1.0),
+        "adam_eps": (0.0, None),
+        "weight_decay": (0.0, None),
+        "clip_grad": (0.0, None),
+        "grad_norm_skip_threshold": (0.0, None),
+    },
+    DDP: {"bucket_size": (1, None), "num_buckets": (1, None)},
+}
+"""Ranges of numbers that Megatron takes as they come: field -> (smallest, largest), both inclusive."""
+
 DERIVED: dict[str, dict[str, str]] = {
     TRANSFORMER: {
         "num_layers": "set model.blocks or model.layer_pattern",

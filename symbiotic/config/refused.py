@@ -55,6 +55,7 @@ REFUSALS = (
                     "overlap_dispatch_backward_with_experts_wgrad"), reason=_OVERLAP),
     Refusal(fields=("delay_wgrad_compute",), section=DDP, reason=_OVERLAP),
     Refusal(fields=("cuda_graph_impl",), allowed=("none",), reason=_GRAPHS),
+    Refusal(fields=("cuda_graph_modules",), allowed=("full", []), reason=_GRAPHS),
     Refusal(fields=("enable_cuda_graph", "external_cuda_graph", "cuda_graph_scope"), reason=_GRAPHS),
     Refusal(fields=("mlp_chunks_for_training",), allowed=(1,), reason=_CHUNKS),
     Refusal(fields=("moe_router_fusion", "moe_router_num_groups", "moe_router_group_topk",

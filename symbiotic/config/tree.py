@@ -146,7 +146,7 @@ def _apply_override(tree: Tree, override: str, *, origin: Origin) -> None:
         value, lines = parse_yaml(text, source=COMMAND_LINE)
     except ConfigError as error:
         raise ConfigError(f"{error}; if {key} is meant to be that text, quote it: {key}='\"{text}\"'") from error
-    target = _Target(tree, origin=origin, key=key.strip())
+    target = _Target(tree, key.strip())
     path = target.walk()
     origin.forget(path)
     origin.places[path] = COMMAND_LINE
@@ -163,9 +163,7 @@ class _Target:
     one name, dots included. An element of a list is named by its index or by its ``name``.
     """
 
-    def __init__(self, tree: Tree, *, origin: Origin, key: str) -> None:
-        self.origin = origin
-        self.key = key
+    def __init__(self, tree: Tree, key: str) -> None:
         self.parts = key.split(".")
         self.holder: Any = tree
         self.last: str | int = ""

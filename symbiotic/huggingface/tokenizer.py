@@ -66,12 +66,12 @@ def convert_sentencepiece(path: Path | str) -> tokenizers.Tokenizer:
         byte_fallback=trainer.byte_fallback,
     )
     result = tokenizers.Tokenizer(model)
-    steps = [normalizers.Replace(" ", SPACE)]
+    steps: list[normalizers.Normalizer] = [normalizers.Replace(" ", SPACE)]
     if normalizer.precompiled_charsmap:
         steps.insert(0, normalizers.Precompiled(normalizer.precompiled_charsmap))
     if normalizer.remove_extra_whitespaces:
-        edges, runs = tokenizers.Regex(r"\A +| +\z"), tokenizers.Regex(" {2,}")
-        steps[-1:-1] = [normalizers.Replace(edges, ""), normalizers.Replace(runs, " ")]
+        edges, runs = tokenizers.Regex(rf"\A{SPACE}+|{SPACE}+\z"), tokenizers.Regex(f"{SPACE}{{2,}}")
+        steps += [normalizers.Replace(edges, ""), normalizers.Replace(runs, SPACE)]
     if normalizer.add_dummy_prefix:
         steps.append(normalizers.Prepend(SPACE))
     result.normalizer = normalizers.Sequence(steps)

@@ -21,6 +21,7 @@ from symbiotic.training.checkpoint.storage import load_checkpoint
 from symbiotic.training.chunks import build_chunks
 from symbiotic.training.forward import run_schedule
 from symbiotic.training.loader import Microbatch, StepLoader
+from symbiotic.training.state import seed_everything
 
 
 def measure_expert_use(
@@ -40,6 +41,7 @@ def measure_expert_use(
     """
     vocabulary = VocabularyLayout.load(config.model.vocabulary)
     transformer = transformer_config(config)
+    seed_everything(config.run.seed, pipeline_rank=parallel_state.get_pipeline_model_parallel_rank())
     chunks = build_chunks(config, transformer=transformer, partition=partition, vocabulary=vocabulary)
     load_weights(chunks, checkpoint, verify=config.checkpoint.verify)
     blocks = layer_pattern(config).moe_blocks

@@ -70,6 +70,11 @@ def _starting_partition(config: Config) -> ExpertPartition:
     loaded = read_partition(folder)
     if loaded is None:
         return configured
+    if loaded.groups != tuple(config.groups):
+        raise CheckpointError(
+            f"{folder / 'partition.json'}: its expert groups {list(loaded.groups)} are not the configured groups "
+            f"{list(config.groups)}; split the checkpoint with tools/partition_experts.py and load the result"
+        )
     sizes = {name: group.experts for name, group in config.groups.items()}
     loaded.check(sizes, layer_pattern(config).moe_blocks, source=str(folder / "partition.json"))
     if config.partition.method == "file" and loaded.hash != configured.hash:

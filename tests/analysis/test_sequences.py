@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 
-from symbiotic.analysis.sequences import SequenceBuilder, TokenSequence, image_to_draw, whole_image
-from symbiotic.errors import DataError
+from symbiotic.analysis.sequences import TokenSequence, image_to_draw, whole_image
 from symbiotic.tokens.documents import ImageUse
-from tests.analysis.models import IMAGES, tiny_model
+from tests.analysis.models import tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -31,21 +30,3 @@ def test_joining_and_slicing_keep_ids_and_types_together(exported):
     assert len(joined) == 9
     assert joined.slice(1, 5).ids.tolist() == [1, 32, 36, 43]
     assert joined.slice(1, 5).types.tolist() == [0, 0, 0, 2]
-
-
-def test_the_builder_lays_out_as_the_processor_does(exported):
-    builder = SequenceBuilder(lambda text: [ord(letter) - 97 for letter in text], IMAGES)
-    codes = np.array([[1, 7], [0, 2]])
-    for use in ImageUse:
-        built = TokenSequence.join([builder.text("ab"), builder.image(codes, use=use.value)])
-        processed = exported.sequence("ab", whole_image(codes, use=use))
-        assert built.ids.tolist() == processed.ids.tolist()
-        assert built.types.tolist() == processed.types.tolist()
-
-
-def test_the_builder_refuses_unknown_resolutions_and_codes():
-    builder = SequenceBuilder(list, IMAGES)
-    with pytest.raises(DataError, match=r"3x3 codes has no resolution id; the vocabulary has 2x2, 1x3"):
-        builder.image(np.zeros((3, 3), dtype=int), use=ImageUse.GENERATE)
-    with pytest.raises(DataError, match="image code 8 is outside the codebook of 8 codes"):
-        builder.image(np.array([[8, 0], [0, 0]]), use=ImageUse.GENERATE)

@@ -14,6 +14,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from symbiotic.config import config_from_tree
 from symbiotic.config.megatron import (
+    check_megatron_fields,
     ddp_config,
     layer_backend,
     optimizer_config,
@@ -103,3 +104,12 @@ def counted_by_role(tree: dict[str, Any]) -> dict[str, int]:
             backend=layer_backend(resolved),
         )
     return parameter_counts(model)
+
+
+def checked_for_a_gpu(changes: dict[str, Any]) -> str:
+    """The message of a dry run's check of a configuration for a GPU, on a machine without one."""
+    try:
+        check_megatron_fields(config(**changes, **{"run.device": "cuda", "model.backend": "transformer_engine"}))
+    except ConfigError as error:
+        return str(error)
+    return ""

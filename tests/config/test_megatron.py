@@ -2,7 +2,7 @@
 
 import pytest
 
-from symbiotic.config.megatron_fields import DDP, DEFAULTS, DERIVED, OPTIMIZER, READ
+from symbiotic.config.megatron_fields import DDP, DEFAULTS, DERIVED, LIMITS, OPTIMIZER, READ
 from symbiotic.config.refused import REFUSALS
 from symbiotic.config.sizes import model_parts, parameters_by_role
 from tests.config.trees import config, tree, vocabulary
@@ -22,9 +22,9 @@ def megatron_fields():
 
 
 def test_every_field_in_our_tables_exists(megatron_fields):
-    for section, names in {**DERIVED}.items():
+    for section, names in DERIVED.items():
         assert set(names) <= set(megatron_fields[section])
-    for section, names in DEFAULTS.items():
+    for section, names in [*DEFAULTS.items(), *LIMITS.items()]:
         assert set(names) <= set(megatron_fields[section])
     for refusal in REFUSALS:
         assert set(refusal.fields) <= set(megatron_fields[refusal.section])
@@ -161,3 +161,9 @@ def test_settings_refused_on_the_cpu_are_checked_once_auto_is_decided():
 def test_the_formula_counts_what_the_built_model_has(changes):
     counted = run("counted_by_role", tree=tree(**changes))
     assert counted == parameters_by_role(model_parts(config(**changes), vocabulary()))
+
+
+def test_a_dry_run_types_the_sections_of_a_gpu_configuration_without_a_gpu():
+    assert run("checked_for_a_gpu", changes={f"{T}.apply_rope_fusion": True, f"{T}.context_parallel_size": 2}) == ""
+    message = run("checked_for_a_gpu", changes={f"{T}.bf": True})
+    assert message == f"test.yaml: {T}.bf is not a field of Megatron's {T}: did you mean 'bf16'?"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 
 from symbiotic.config import load_config
 from symbiotic.config.megatron import transformer_config
+from symbiotic.huggingface.logit_batch import LogitBatch
+from symbiotic.huggingface.megatron_logits import compute_logits
+from symbiotic.huggingface.source import open_source
 from symbiotic.model.partition import ExpertPartition
 from symbiotic.tokens.vocabulary import VocabularyLayout
 from symbiotic.training.checkpoint.storage import CheckpointStore
@@ -32,6 +36,11 @@ def save_random_checkpoint(*, config_path: Path, partition: dict, folder: Path, 
     metadata = {"singleton_local_shards": False, "dp_cp_group": group}
     states = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
     CheckpointStore(folder).save(7, states, common=common(vocabulary), partition=partition, config=config.to_dict())
+
+
+def checkpoint_logits(*, folder: Path, tokens: np.ndarray, token_types: np.ndarray) -> np.ndarray:
+    """What Megatron computes from a checkpoint in one process; forms and leaves the process groups itself."""
+    return compute_logits(open_source(folder), LogitBatch(tokens, token_types))
 
 
 def common(vocabulary: VocabularyLayout) -> dict:

@@ -243,8 +243,10 @@ def _forget_megatron_state() -> None:
     from megatron.core import num_microbatches_calculator
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
     num_microbatches_calculator.unset_num_microbatches_calculator()
     get_cuda_rng_tracker().reset()
     destroy_moe_metrics_tracker()
+    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     torch.manual_seed(0)

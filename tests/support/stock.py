@@ -1,6 +1,7 @@
 """A stock HybridModel of a few thousand parameters: megatron-core alone, for tests of what lies around the model."""
 
 from typing import Any
+from unittest import mock
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -103,19 +104,19 @@ def small_config(*, expert: int = 1, pipeline: int = 1, **fields: Any) -> Transf
 def small_model(config: TransformerConfig, *, seed: int = 1, distributed_optimizer: bool = False) -> Any:
     """The model of this pipeline stage inside Megatron's DistributedDataParallel."""
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    # The last norm of HybridStack is TENorm by name: see the backends of symbiotic.model.
-    hybrid_block.TENorm = Norm
-    model = HybridModel(
-        config=config,
-        hybrid_stack_spec=_stack_spec(config),
-        vocab_size=VOCABULARY,
-        max_sequence_length=SEQUENCE,
-        hybrid_layer_pattern="*E|*E" if config.pipeline_model_parallel_size == 2 else "*E*E",
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        position_embedding_type="rope",
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
+    # The last norm of HybridStack is TENorm by name. The name is put back for the other users of this process.
+    with mock.patch.object(hybrid_block, "TENorm", Norm):
+        model = HybridModel(
+            config=config,
+            hybrid_stack_spec=_stack_spec(config),
+            vocab_size=VOCABULARY,
+            max_sequence_length=SEQUENCE,
+            hybrid_layer_pattern="*E|*E" if config.pipeline_model_parallel_size == 2 else "*E*E",
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            position_embedding_type="rope",
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
     for name, parameter in model.named_parameters():
         if ".experts." in name:
             # Always an expert parameter, so that the optimizer's structure doesn't depend on the layout.

@@ -167,3 +167,84 @@ def train_until_signal(
         return train_run(file, overrides)
     finally:
         build.build_trainer = build_trainer
+
+
+def _draws() -> list[float]:
+    """One number from each generator: Python, NumPy, torch, the device, Megatron's tracker."""
+    import random
+
+    import numpy as np
+    from megatron.core import tensor_parallel
+
+    with tensor_parallel.get_cuda_rng_tracker().fork():
+        tracked = torch.rand((), device=torch.cuda.current_device()).item()
+    return [random.random(), float(np.random.rand()), torch.rand(()).item(), tracked]
+
+
+def draws_around_a_restore() -> tuple[list[float], list[float], list[float]]:
+    from symbiotic.training.state import rng_state, seed_everything, set_rng_state
+
+    seed_everything(3, pipeline_rank=0)
+    _draws()
+    saved = rng_state()
+    before, other = _draws(), _draws()
+    set_rng_state(saved)
+    return before, _draws(), other
+
+
+def draws_by_pipeline_rank() -> tuple[list[float], ...]:
+    from megatron.core import tensor_parallel
+
+    from symbiotic.training.state import seed_everything
+
+    results = []
+    for pipeline_rank in (0, 0, 1):
+        tensor_parallel.get_cuda_rng_tracker().reset()
+        seed_everything(3, pipeline_rank=pipeline_rank)
+        results.append(_draws())
+    return tuple(results)
+
+
+def counted_state() -> tuple[int, int, list[float]]:
+    from symbiotic.training.state import TrainState
+
+    state = TrainState()
+    state.count(applied=True, labels=torch.tensor([1.0, 0.0, 2.0]))
+    state.count(applied=False, labels=torch.tensor([3.0, 0.0, 4.0]))
+    state = TrainState.from_dict(state.to_dict())
+    return state.step, state.skipped, state.labels
+
+
+def evaluated(file: str, overrides: list[str]) -> dict[str, Any]:
+    """The held-out losses before training, and on this rank a float64 mean over the same samples, one at a time."""
+    from symbiotic.data.sources import build_validation_datasets
+    from symbiotic.tokens.types import LossClass
+    from symbiotic.tokens.vocabulary import VocabularyLayout
+    from symbiotic.training.data import held_out_sources
+    from symbiotic.training.evaluation import evaluate, evaluating
+
+    config = load_config(file, overrides)
+    vocabulary = VocabularyLayout.load(config.model.vocabulary)
+    with trainer_of(file, overrides) as trainer:
+        losses = evaluate(trainer.chunks, held_out_sources(config, vocabulary=vocabulary))
+        again = evaluate(trainer.chunks, held_out_sources(config, vocabulary=vocabulary))
+        training = all(chunk.training for chunk in trainer.chunks)
+        expected: dict[str, dict[str, float]] = {}
+        with evaluating(trainer.chunks):
+            for name, dataset in build_validation_datasets(config, vocabulary=vocabulary).items():
+                sums, weights = [0.0] * 3, [0.0] * 3
+                for index in range(config.training.evaluation_batches * config.training.global_batch_size):
+                    sample = {key: torch.as_tensor(value)[None] for key, value in dataset.sample(index).items()}
+                    output = trainer.chunks[0](
+                        sample["tokens"], sample["token_types"], sample["document_ids"], sample["labels"]
+                    )
+                    for kind, weight, loss in zip(
+                        *(t.flatten().tolist() for t in (sample["loss_classes"], sample["loss_weights"], output)),
+                        strict=True,
+                    ):
+                        sums[kind] += weight * loss
+                        weights[kind] += weight
+                expected[name] = {
+                    kind.name.lower(): sums[kind] / weights[kind] for kind in LossClass if weights[kind] > 0
+                }
+        return {"losses": losses, "again": again, "expected": expected, "training": training}

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from torch.distributed.checkpoint import FileSystemWriter
 
 from symbiotic.errors import CheckpointError
 from symbiotic.training.checkpoint.storage import CheckpointStore, load_checkpoint
@@ -94,17 +94,15 @@ def newest(*, folder: Path, verify: str = "full") -> tuple[int | str | None, lis
         logger.removeHandler(handler)
 
 
-def save_on_a_full_disk(*, folder: Path) -> tuple[str, list[str]]:
-    """Rank 1 finds the disk full; the refusal on this rank and what is in the folder afterwards."""
-    write = FileSystemWriter.write_data
-
-    def write_data(self: FileSystemWriter, *args: Any) -> Any:
-        if dist.get_rank() == 1:
-            raise OSError(28, "No space left on device", str(self.path))
-        return write(self, *args)
-
-    with mock.patch.object(FileSystemWriter, "write_data", write_data):
+def save_on_a_full_disk(*, folder: Path, full_on: int) -> tuple[str, list[str]]:
+    """One rank can't write more than a few bytes; the refusal on this rank and what the folder holds afterwards."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == full_on:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))
+    try:
         message = _refusal(lambda: save(folder=folder, steps=[2]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     dist.barrier()
     return message, sorted(path.name for path in folder.iterdir())
 

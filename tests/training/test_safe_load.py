@@ -76,7 +76,7 @@ def test_a_hostile_common_state_is_refused(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "COMMON_KEY", common)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp: the item 'common_state/shard_0_1' can't be read"):
         open_weights(folder, verify="full").common()
-    with pytest.raises(RankFailed, match="CheckpointError: .*the item 'common_state/shard_0_1' can't be read"):
+    with pytest.raises(RankFailed, match=r"CheckpointError: .*the item 'common_state/shard_0_1' can't be read"):
         run_ranks("tests.training.storage_cases:load_weights", folder=folder)
     assert not (tmp_path / "trace").exists()
 
@@ -151,5 +151,5 @@ def test_something_else_is_no_index(tmp_path):
     (tmp_path / ".metadata").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(CheckpointError, match="holds a dict instead of an index"):
         read_metadata(tmp_path)
-    with pytest.raises(CheckpointError, match="is missing, so .* is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"is missing, so .* is no checkpoint"):
         read_metadata(tmp_path / "nowhere")

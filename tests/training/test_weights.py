@@ -1,5 +1,6 @@
 """Weights in one process: what is written is read, by us and by a run."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -103,6 +104,17 @@ def test_writing_that_fails_leaves_nothing(tmp_path):
 
     with pytest.raises(RuntimeError, match="source ended"):
         write_weights(tmp_path / "weights", broken(), common={}, provenance={})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"writing the checkpoint .*weights failed: File too large"):
+            write_weights(tmp_path / "weights", [("a", torch.zeros(100_000))], common={}, provenance={})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -33,7 +33,7 @@ CHECKS: tuple[Check, ...] = (
     megatron.check_balance_kinds,
     megatron.check_recompute,
     megatron.check_overlap,
-    megatron.check_clipping,
+    megatron.check_limits,
     parallel.check_sizes,
     parallel.check_sequence_parallel,
     parallel.check_tensor_parallel_divides,

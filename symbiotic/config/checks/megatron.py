@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from symbiotic.config.convert import kind_of, type_words
-from symbiotic.config.megatron_fields import DDP, DERIVED, OPTIMIZER, READ, TRANSFORMER, value_of
+from symbiotic.config.megatron_fields import DDP, DERIVED, LIMITS, READ, TRANSFORMER, value_of
 from symbiotic.config.messages import did_you_mean, shown
 from symbiotic.config.refused import check_refused
 from symbiotic.config.schema import YAML_NAMES, Config
@@ -90,8 +90,15 @@ def check_overlap(config: Config) -> None:
             raise config.origin.error((DDP, "overlap_param_gather"), f"= true needs {name}: true; set it")
 
 
-def check_clipping(config: Config) -> None:
-    """Gradient clipping is by a norm."""
-    clip = value_of(config, "clip_grad", section=OPTIMIZER)
-    if clip < 0:
-        raise config.origin.error((OPTIMIZER, "clip_grad"), f"= {clip} is negative; 0 turns clipping off")
+def check_limits(config: Config) -> None:
+    """Rates, probabilities and coefficients lie in their range."""
+    for section, values in _sections(config).items():
+        for name, (minimum, maximum) in LIMITS[section].items():
+            given = values.get(name)
+            for value in given if isinstance(given, list) else [given]:
+                if not isinstance(value, int | float):
+                    continue
+                if minimum is not None and value < minimum:
+                    raise config.origin.error((section, name), f"= {value} is too small; it must be at least {minimum}")
+                if maximum is not None and value > maximum:
+                    raise config.origin.error((section, name), f"= {value} is too large; it must be at most {maximum}")

@@ -5,6 +5,7 @@ This file travels inside an exported folder; it needs torch, transformers, numpy
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -195,9 +196,12 @@ class SymbioticProcessor(ProcessorMixin):
         return [self.codec.decode(codes) for codes in self.image_codes(ids)]
 
     def decode(self, ids: torch.Tensor | Sequence[int], **kwargs) -> str:
-        """The text in a row of ids, without controls and images."""
-        text_ids = [int(token) for token in ids if int(token) < len(self.tokenizer)]
-        return self.tokenizer.decode(text_ids, **({"skip_special_tokens": True} | kwargs))
+        """The text in a row of ids, without controls and images; text behind an image is decoded on its own."""
+        controls = set(self.tokenizer.added_tokens_decoder) - {self.tokenizer.unk_token_id}
+        runs = itertools.groupby(
+            (int(token) for token in ids), key=lambda token: token < len(self.tokenizer) and token not in controls
+        )
+        return "".join(self.tokenizer.decode(list(run), **kwargs) for is_text, run in runs if is_text)
 
     def batch_decode(self, rows: torch.Tensor | Sequence[Sequence[int]], **kwargs) -> list[str]:
         """``decode`` of every row."""

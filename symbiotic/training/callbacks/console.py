@@ -60,7 +60,9 @@ class Console(Callback):
             remaining = _time_left(trainer, event)
             print(line if remaining is None else f"{line} | {remaining} left", flush=True)
         elif event["event"] == "step":
-            self._bar.update(self._task, description=_numbers(event))
+            # Short: the bar shares the terminal's width with it.
+            losses = " ".join(f"{name} {value:.2f}" for name, value in event["loss"].items())
+            self._bar.update(self._task, description=f"{losses} {event['tokens_per_second']:,.0f} tokens/s")
         else:
             self._bar.console.print(line, highlight=False, markup=False)
 

@@ -85,10 +85,16 @@ def reporting_disk_errors(folder: Path) -> Iterator[None]:
     """Turn an error of the file system into a CheckpointError that names the checkpoint being written."""
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
+        # torch.save covers an OSError of the stream with a RuntimeError about the position in its archive.
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise
         raise CheckpointError(
-            f"writing the checkpoint {folder} failed: {error.strerror} ({error.filename}); earlier checkpoints are "
-            "untouched: make room or repair the disk, then resume"
+            f"writing the checkpoint {folder} failed: {cause.strerror}; earlier checkpoints are untouched, so make "
+            "room or repair the disk and resume"
         ) from error
 
 

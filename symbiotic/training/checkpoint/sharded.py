@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 
 from symbiotic.distributed.agreement import on_every_rank, on_rank_zero, rank_and_size
 from symbiotic.errors import CheckpointError
+from symbiotic.training.checkpoint.manifest import reporting_disk_errors
 from symbiotic.training.checkpoint.safe_load import SafeReader, load_object, read_metadata
 from symbiotic.training.checkpoint.weights import OPTIMIZER_PREFIX, read_common_state
 
@@ -60,7 +61,7 @@ def save_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> None:
     planner = torch_strategy.MCoreSavePlanner(
         dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
     )
-    writer = torch_checkpoint.FileSystemWriter(folder, single_file_per_rank=True, sync_files=True)
+    writer = _Writer(folder, single_file_per_rank=True, sync_files=True)
     try:
         with _without_expected_warnings():
             torch_checkpoint.save(
@@ -68,7 +69,24 @@ def save_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> None:
             )
     except CheckpointException as error:
         raise CheckpointError(_writing_failed(error, folder)) from error
-    on_rank_zero(lambda: save_config(CheckpointingConfig("torch_dist"), str(folder)))
+    on_rank_zero(lambda: _write_format(folder))
+
+
+def _write_format(folder: Path) -> None:
+    with reporting_disk_errors(folder):
+        save_config(CheckpointingConfig("torch_dist"), str(folder))
+
+
+class _Writer(torch_checkpoint.FileSystemWriter):
+    """torch's writer of a checkpoint folder, with errors of the file system in words that reach every rank."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        with reporting_disk_errors(Path(self.path)):
+            return super().write_data(*args, **kwargs)
+
+    def finish(self, *args: Any, **kwargs: Any) -> None:
+        with reporting_disk_errors(Path(self.path)):
+            super().finish(*args, **kwargs)
 
 
 def load_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -196,7 +214,10 @@ def _first_failure(error: CheckpointException) -> BaseException:
 
 
 def _writing_failed(error: CheckpointException, folder: Path) -> str:
-    return f"writing the checkpoint {folder} failed: {_first_failure(error)}; earlier checkpoints are untouched"
+    failure = _first_failure(error)
+    if isinstance(failure, CheckpointError):
+        return str(failure)
+    return f"writing the checkpoint {folder} failed: {failure}; earlier checkpoints are untouched"
 
 
 def _reading_failed(error: CheckpointException, folder: Path) -> str:

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from symbiotic.errors import CheckpointError
-from symbiotic.files import replacing, write_json
+from symbiotic.files import replacing, write_json, write_text
 from symbiotic.training.checkpoint import manifest as manifests
 from symbiotic.training.checkpoint.safe_load import METADATA_FILE, load_object, read_metadata
 
@@ -201,6 +201,7 @@ def write_weights(
     *,
     common: Mapping[str, Any],
     partition: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any],
 ) -> None:
     """Write a checkpoint of weights only, holding one tensor in memory at a time.
@@ -210,12 +211,13 @@ def write_weights(
         tensors: pairs of Megatron's sharded key and the whole tensor.
         common: plain values for :meth:`Weights.common`.
         partition: the expert partition as a plain table.
+        config: the configuration of a model with these weights as a plain tree, for export and evaluation.
         provenance: where the weights come from, as plain JSON values.
 
     Raises:
         CheckpointError: the folder exists, or a key comes twice.
     """
-    with WeightsWriter(folder, common=common, partition=partition, provenance=provenance) as writer:
+    with WeightsWriter(folder, common=common, partition=partition, config=config, provenance=provenance) as writer:
         for key, tensor in tensors:
             writer.add(key, tensor)
 
@@ -231,12 +233,14 @@ class WeightsWriter:
         *,
         common: Mapping[str, Any],
         partition: Mapping[str, Any] | None = None,
+        config: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any],
     ) -> None:
         self.folder = Path(folder)
         self._temporary = self.folder.with_name(self.folder.name + ".tmp")
         self._common = {COMMON_KEY: dict(common)}
         self._plain = {PARTITION_FILE: partition, PROVENANCE_FILE: provenance}
+        self._config = config
         self._entries: dict[str, Any] = {}
         self._places: dict[MetadataIndex, _StorageInfo] = {}
 
@@ -292,7 +296,8 @@ class WeightsWriter:
 
     def _append(self, value: Any) -> _StorageInfo:
         offset = self._stream.tell()
-        torch.save(value, self._stream)
+        with manifests.reporting_disk_errors(self.folder):
+            torch.save(value, self._stream)
         return _StorageInfo(self._FILE, offset, self._stream.tell() - offset)
 
     def _finish(self) -> None:
@@ -304,6 +309,8 @@ class WeightsWriter:
         for name, table in self._plain.items():
             if table is not None:
                 write_json(self._temporary / name, table)
+        if self._config is not None:
+            write_text(self._temporary / CONFIG_FILE, yaml.safe_dump(dict(self._config), sort_keys=False))
         files = manifests.digest_files(self._temporary)
         manifests.write_manifest(self._temporary, files, kind="weights", step=0)
         manifests.publish(self._temporary, self.folder)

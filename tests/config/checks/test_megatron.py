@@ -58,7 +58,9 @@ def test_one_is_not_true_in_a_table_of_allowed_values():
         (f"{TRANSFORMER}.moe_router_topk", 2.0, "= 2.0 is a number, but must be a whole number"),
         (f"{TRANSFORMER}.bf16", 1, "= 1 is a whole number, but must be true or false"),
         (f"{DDP}.use_distributed_optimizer", "yes", "= 'yes' is a text, but must be true or false"),
-        (f"{OPTIMIZER}.clip_grad", -1.0, "= -1.0 is negative; 0 turns clipping off"),
+        (f"{OPTIMIZER}.clip_grad", -1.0, "= -1.0 is too small; it must be at least 0.0"),
+        (f"{TRANSFORMER}.hidden_dropout", 1.5, "= 1.5 is too large; it must be at most 1.0"),
+        (f"{TRANSFORMER}.moe_aux_loss_coeff", -0.01, "= -0.01 is too small; it must be at least 0.0"),
         (
             f"{TRANSFORMER}.moe_router_load_balancing_type",
             "auxloss",

@@ -1,0 +1,176 @@
+"""Callbacks that a process without Megatron can run."""
+
+import json
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+
+from symbiotic.errors import ConfigError
+from symbiotic.training.callbacks.console import Console, describe
+from symbiotic.training.callbacks.jsonl import JsonLines
+from symbiotic.training.callbacks.scalars import TensorBoard, WeightsAndBiases, scalars_of
+from symbiotic.training.callbacks.signals import StopOnSignal
+from symbiotic.training.stages import Stage, StageTable
+
+STEP = {
+    "event": "step",
+    "step": 40,
+    "stage": "release",
+    "loss": {"text": 2.5, "generation": 3.25},
+    "total_loss": 5.75,
+    "balance": {"load_balancing_loss.understanding": 1.02},
+    "grad_norm": 0.75,
+    "applied": True,
+    "rates": {"attention": 1e-5},
+    "tokens_per_second": 12345.6,
+    "tflops": 1.5,
+    "mfu": 0.25,
+    "seconds": 2.0,
+    "data_seconds": 0.01,
+}
+EVALUATION = {"event": "evaluation", "step": 40, "loss": {"prose": {"text": 2.0}, "digits": {"generation": 3.0}}}
+
+
+@pytest.fixture
+def trainer():
+    stages = StageTable([Stage("warm-up", 0, 20), Stage("release", 20, 100)])
+    return SimpleNamespace(stages=stages, last_step=100, state=SimpleNamespace(step=40), resumed_step=None)
+
+
+def test_lines_are_json_and_numbers_that_are_not_finite_are_null(tmp_path, trainer):
+    lines = JsonLines(tmp_path)
+    lines.on_start(trainer)
+    lines.on_event(trainer, {**STEP, "grad_norm": math.nan, "loss": {"text": math.inf}})
+    written = json.loads((tmp_path / "log.jsonl").read_text())
+    lines.close()
+    assert written["grad_norm"] is None and written["loss"] == {"text": None}
+    assert written["tokens_per_second"] == 12345.6
+
+
+def test_a_line_torn_by_a_kill_is_cut_off(tmp_path, trainer):
+    (tmp_path / "log.jsonl").write_text('{"event": "stage"}\n{"event": "st')
+    lines = JsonLines(tmp_path)
+    lines.on_start(trainer)
+    lines.on_event(trainer, EVALUATION)
+    lines.close()
+    events = [json.loads(line)["event"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert events == ["stage", "evaluation"]
+
+
+def test_ranks_without_a_folder_write_nothing(trainer):
+    lines = JsonLines(None)
+    lines.on_start(trainer)
+    lines.on_event(trainer, STEP)
+    lines.close()
+
+
+def test_a_step_on_one_line():
+    line = describe(STEP)
+    for words in ("step 40 [release]", "text 2.5000 generation 3.2500", "understanding 1.020", "12,346 tokens/s", "25.0 %"):
+        assert words in line
+    assert "% of peak" not in describe({**STEP, "mfu": None})
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        (EVALUATION, "held out: prose: text 2.0000; digits: generation 3.0000"),
+        ({"event": "stage", "step": 20, "stage": "release", "first_step": 20}, "step 20 stage 'release' begins"),
+        ({"event": "checkpoint", "step": 5, "path": "run/step-5", "seconds": 0.5}, "saved to run/step-5"),
+        ({"event": "resume", "step": 5, "path": "run/step-5"}, "step 5 resume (path: run/step-5)"),
+    ],
+)
+def test_other_events_on_one_line(event, words):
+    assert words in describe(event)
+
+
+def test_plain_lines_outside_of_a_terminal(trainer, capsys):
+    console = Console(enabled=True, terminal=False)
+    console.on_start(trainer)
+    console.on_event(trainer, STEP)
+    console.close()
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert printed.rstrip().endswith("| 0:02:00 left"), "60 steps of 2 seconds"
+
+
+def test_a_progress_bar_on_a_terminal(trainer, capsys):
+    console = Console(enabled=True, terminal=True)
+    console.on_start(trainer)
+    console.after_step(trainer, None)
+    console.on_event(trainer, STEP)
+    console.on_event(trainer, EVALUATION)
+    console.close()
+    printed = capsys.readouterr().out
+    assert "40/100" in printed and "release" in printed and "held out" in printed
+
+
+def test_other_ranks_print_nothing(trainer, capsys):
+    console = Console(enabled=False, terminal=False)
+    console.on_start(trainer)
+    console.on_event(trainer, STEP)
+    console.close()
+    assert capsys.readouterr().out == ""
+
+
+def test_curves_of_events():
+    curves = dict(scalars_of(STEP))
+    assert curves["loss/generation"] == 3.25 and curves["rates/attention"] == 1e-5
+    assert curves["balance/load_balancing_loss.understanding"] == 1.02 and curves["training/mfu"] == 0.25
+    assert "training/mfu" not in dict(scalars_of({**STEP, "mfu": None}))
+    assert dict(scalars_of(EVALUATION)) == {"evaluation/prose/text": 2.0, "evaluation/digits/generation": 3.0}
+    assert not dict(scalars_of({"event": "stage", "step": 0, "stage": "x"}))
+
+
+def test_tensorboard_reads_back_what_was_logged(tmp_path, trainer):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = TensorBoard(tmp_path)
+    board.on_start(trainer)
+    board.on_event(trainer, STEP)
+    board.on_event(trainer, {"event": "stage", "step": 20, "stage": "release", "first_step": 20})
+    board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (point,) = events.Scalars("loss/text")
+    assert (point.step, point.value) == (40, 2.5)
+    assert events.Tags()["tensors"] == ["stage/text_summary"]
+
+
+def test_curves_past_a_resumed_step_are_replaced(tmp_path, trainer):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resumed, steps in ((None, (1, 2, 3)), (2, (3, 4))):
+        trainer.resumed_step = resumed
+        board = TensorBoard(tmp_path)
+        board.on_start(trainer)
+        for step in steps:
+            board.on_event(trainer, {**STEP, "step": step, "total_loss": float(step if resumed is None else -step)})
+        board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(point.step, point.value) for point in events.Scalars("training/total_loss")] == [(1, 1), (2, 2), (3, -3), (4, -4)]
+
+
+def test_wandb_is_asked_for_by_name(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    WeightsAndBiases("project", enabled=False)
+    with pytest.raises(ConfigError, match="logging.wandb='project' needs the package wandb"):
+        WeightsAndBiases("project", enabled=True)
+
+
+def test_a_signal_asks_once_and_is_given_back():
+    asked, received = [], []
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
+    try:
+        callback = StopOnSignal()
+        callback.on_start(SimpleNamespace(request_stop=asked.append))
+        signal.raise_signal(signal.SIGUSR1)
+        assert asked == ["received SIGUSR1"] and not received
+        signal.raise_signal(signal.SIGUSR1)
+        assert len(asked) == 1 and received == [signal.SIGUSR1], "the second signal has its effect from before"
+        callback.close()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
