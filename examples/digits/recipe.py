@@ -87,7 +87,7 @@ class Size:
 
 SMALL_MODEL = ("model.blocks=2", "training.global_batch_size=4", "training.micro_batch_size=2")
 SMOKE = Size(
-    understanding=(*SMALL_MODEL, "stages.understanding.steps=4"),
+    understanding=(*SMALL_MODEL, "stages.understanding.steps=4", "schedule.warmup_steps=1"),
     generation=(*SMALL_MODEL, "stages.warm-up.steps=2", "stages.release.steps=2", "schedule.warmup_steps=1"),
     evaluation=("--limit", "10", "--drawings", "40"),
 )

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from symbiotic.analysis.drawing import Drawings, judge_drawings
-from symbiotic.analysis.expert_use import ExpertUse, count_expert_use
+from symbiotic.analysis.expert_counter import count_expert_use
+from symbiotic.analysis.expert_use import ExpertUse
 from symbiotic.analysis.exported_model import ExportedModel
 from symbiotic.analysis.items import DrawingTask, EvaluationItems, ReadingItems
 from symbiotic.analysis.judges import PictureJudge

@@ -25,6 +25,10 @@ from symbiotic.tokens.types import TokenType
 CLASS_COLOURS = {"text": "#1f5fa8", "understanding": "#2e8b57", "generation": "#d2552d"}
 OTHER_COLOUR = "#666666"
 GROUP_FRAME_COLOUR = "#d2552d"
+RIGHT_COLOUR, WRONG_COLOUR = "#2e7d32", "#c62828"
+GAP = 2
+"""White pixels between the pictures of a mosaic."""
+
 SMOOTHING_POINTS = 40
 """A training curve is averaged over 1/40 of its points, so that the trend shows through the batch noise."""
 
@@ -150,10 +154,37 @@ def expert_use_maps(uses: Sequence[tuple[str, ExpertUse]]) -> Picture:
     return _as_svg(figure, alternative=f"Share of choices by expert, block and token type: {titles}")
 
 
-def _draw_picture(axes: Axes, picture: np.ndarray, *, largest: float) -> None:
-    axes.imshow(picture, cmap="gray_r" if picture.ndim == 2 else None, vmin=0, vmax=largest)
+def mosaic(pictures: Sequence[Sequence[np.ndarray]], *, columns: int) -> np.ndarray:
+    """Rows of equally large pictures [height, width(, 3)] as one picture in 0..1, dark on white, with white gaps.
+
+    Grey pictures are drawn as ink: their largest value becomes black.
+    """
+    first = pictures[0][0]
+    height, width = first.shape[:2]
+    canvas = np.ones((len(pictures) * (height + GAP) - GAP, columns * (width + GAP) - GAP, *first.shape[2:]))
+    largest = max(float(np.max(picture)) for row in pictures for picture in row) or 1.0
+    for i, row in enumerate(pictures):
+        for j, picture in enumerate(row[:columns]):
+            place = np.s_[
+                i * (height + GAP) : i * (height + GAP) + height, j * (width + GAP) : j * (width + GAP) + width
+            ]
+            canvas[place] = 1.0 - picture / largest if picture.ndim == 2 else picture / largest
+    return canvas
+
+
+def _mosaic_figure(pictures: Sequence[Sequence[np.ndarray]], *, columns: int, title: str) -> tuple[Figure, Axes]:
+    """A figure with one axes that shows the mosaic, about half an inch a picture."""
+    canvas = mosaic(pictures, columns=columns)
+    height, width = pictures[0][0].shape[:2]
+    scale = max(0.45, 0.3 * width / height) / width
+    figure = _figure(canvas.shape[1] * scale + 1.0, canvas.shape[0] * scale + 0.6)
+    axes = figure.subplots()
+    axes.imshow(canvas, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
+    axes.set_title(title, fontsize=10)
     axes.set_xticks([])
     axes.set_yticks([])
+    axes.set_frame_on(False)
+    return figure, axes
 
 
 def sample_grid(
@@ -169,17 +200,12 @@ def sample_grid(
         title: above the grid.
     """
     classes = [label for label in range(len(class_names)) if (labels == label).any()]
-    figure = _figure(0.55 * per_class + 1.2, 0.55 * len(classes) + 0.5)
-    figure.suptitle(title, fontsize=10)
-    grid = figure.subplots(len(classes), per_class, squeeze=False)
-    largest = float(pictures.max()) or 1.0
-    for row, label in zip(grid, classes, strict=True):
-        row[0].set_ylabel(class_names[label], rotation=0, ha="right", va="center", fontsize=9)
-        chosen = pictures[labels == label][:per_class]
-        for axes, picture in zip(row, chosen, strict=False):
-            _draw_picture(axes, picture, largest=largest)
-        for axes in row[len(chosen) :]:
-            axes.set_axis_off()
+    rows = [list(pictures[labels == label][:per_class]) for label in classes]
+    figure, axes = _mosaic_figure(rows, columns=per_class, title=title)
+    height = pictures.shape[1]
+    axes.set_yticks([row * (height + GAP) + height / 2 - 0.5 for row in range(len(rows))])
+    axes.set_yticklabels([class_names[label] for label in classes], fontsize=9)
+    axes.tick_params(length=0)
     return _as_png(figure, alternative=title)
 
 
@@ -187,16 +213,15 @@ def reading_grid(
     pictures: np.ndarray, answers: Sequence[str], correct: Sequence[str], *, columns: int, title: str
 ) -> Picture:
     """Pictures with the model's answer under each: green when right, red with the right answer when not."""
-    num_rows = -(-len(pictures) // columns)
-    aspect = pictures.shape[2] / pictures.shape[1]
-    figure = _figure(columns * max(0.85, 0.5 * aspect), 0.9 * num_rows + 0.5)
-    figure.suptitle(title, fontsize=10)
-    grid = figure.subplots(num_rows, columns, squeeze=False).reshape(-1)
-    largest = float(pictures.max()) or 1.0
-    for axes, picture, answer, right in zip(grid, pictures, answers, correct, strict=False):
-        _draw_picture(axes, picture, largest=largest)
-        label = answer if answer == right else f"{answer} ({right})"
-        axes.set_xlabel(label, fontsize=8, color="#2e7d32" if answer == right else "#c62828")
-    for axes in grid[len(pictures) :]:
-        axes.set_axis_off()
+    height, width = pictures.shape[1:3]
+    # White rows below each picture hold its answer.
+    room = np.zeros((len(pictures), max(3, round(0.3 * width)), *pictures.shape[2:]))
+    labelled = np.concatenate([pictures, room], axis=1)
+    rows = [list(labelled[start : start + columns]) for start in range(0, len(labelled), columns)]
+    figure, axes = _mosaic_figure(rows, columns=columns, title=title)
+    for index, (answer, right) in enumerate(zip(answers, correct, strict=True)):
+        row, column = divmod(index, columns)
+        place = (column * (width + GAP) + width / 2 - 0.5, row * (labelled.shape[1] + GAP) + height)
+        label, colour = (answer, RIGHT_COLOUR) if answer == right else (f"{answer} ({right})", WRONG_COLOUR)
+        axes.text(*place, label, fontsize=7, color=colour, ha="center", va="top")
     return _as_png(figure, alternative=title)

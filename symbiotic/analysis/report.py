@@ -37,6 +37,9 @@ RUNS = ("understanding", "generation")
 MODELS = ("understanding", "split", "final")
 """Evaluated models, in the order of the recipe."""
 
+ROW_ORDER = ("reading_", "generation_", "text_", "parameters.", "huggingface.", "minutes.")
+"""Beginnings of metrics, in the order of the table."""
+
 PICTURES_PER_CLASS = 12
 PICTURES_READ = 24
 
@@ -58,7 +61,23 @@ def build_report(folder: Path | str, *, command: str, began: float | None = None
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; run examples/digits/recipe.py first")
+    # Pictures take seconds, so they come before the minutes are counted.
     sections = [*_curves(folder), *_pictures(folder), *_experts(folder)]
+    rows = report_rows(folder, began=began)
+    write_results(folder / "report.json", rows, command=command)
+    _, facts = read_results(folder / "report.json")
+    page = render_page(
+        "Digits: one model that reads and draws",
+        facts={name: facts[name] or "–" for name in ("date", "machine", "command", "commit")},
+        rows=rows,
+        sections=sections,
+    )
+    write_text(folder / "report.html", page)
+    return rows
+
+
+def report_rows(folder: Path, *, began: float | None = None) -> list[Row]:
+    """All rows with their targets, sorted by kind; what was promised and not measured is among them."""
     rows = measured_rows(folder)
     phases = read_phases(folder)
     if began is not None:
@@ -66,21 +85,12 @@ def build_report(folder: Path | str, *, command: str, began: float | None = None
     if phases.get("began") is not None:
         rows.append(Row("minutes.total", _minutes_since(phases["began"]), "minutes"))
     rows = apply_targets(rows, DIGITS_TARGETS, expected=DIGITS_EXPECTED)
-    write_results(folder / "report.json", rows, command=command)
-    _, facts = read_results(folder / "report.json")
-    page = render_page(
-        "Digits: one model that reads and draws",
-        facts={
-            "date": facts["date"],
-            "machine": facts["machine"],
-            "command": command,
-            "commit": facts["commit"] or "–",
-        },
-        rows=rows,
-        sections=sections,
-    )
-    write_text(folder / "report.html", page)
-    return rows
+    return sorted(rows, key=lambda row: _place_of(row.metric))
+
+
+def _place_of(metric: str) -> int:
+    kinds = [index for index, kind in enumerate(ROW_ORDER) if metric.startswith(kind)]
+    return kinds[0] if kinds else len(ROW_ORDER)
 
 
 def _minutes_since(moment: float) -> float:

@@ -13,8 +13,9 @@ from tests.analysis.recipe_folder import write_recipe_folder
 from tests.support.requirements import require_demo, require_program
 
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--virtual-time-budget=10000",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
+    "--virtual-time-budget=10000",
 )  # fmt: skip
 
 # Draws each picture on a canvas and counts its colours: a picture that failed to load, or is blank, has one at most.

@@ -51,9 +51,9 @@ LAYOUTS = {
 def save(folder: Path, corpus: Corpus, *, layout: dict[str, int], **changes: Any) -> Path:
     """A training checkpoint with random weights, written by as many processes as the layout needs."""
     folder.mkdir(parents=True, exist_ok=True)
-    sizes = {SIZES[name]: size for name, size in layout.items()} | (
-        {"sequence_parallel": True} if "tensor" in layout else {}
-    )
+    sizes: dict[str, Any] = {SIZES[name]: size for name, size in layout.items()}
+    if "tensor" in layout:
+        sizes["sequence_parallel"] = True
     world_size = int(np.prod(list(layout.values()))) if layout else 1
     training = {"training": {"global_batch_size": world_size}}
     config = make_config(folder / "config.yaml", corpus, **changes, **sizes, **training)

@@ -248,5 +248,5 @@ def _forget_megatron_state() -> None:
     num_microbatches_calculator.unset_num_microbatches_calculator()
     get_cuda_rng_tracker().reset()
     destroy_moe_metrics_tracker()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     torch.manual_seed(0)

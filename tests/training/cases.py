@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from symbiotic.config import load_config
 from symbiotic.training.build import build_trainer
@@ -19,9 +20,15 @@ from symbiotic.training.trainer import Trainer
 
 def train_run(file: str, overrides: list[str] | None = None) -> tuple[Verdict, list[dict[str, Any]]]:
     """Train as pretrain_symbiotic.py does; the verdict and what the run has logged so far. Makes its own groups."""
+    _forget_loss_scale()
     config = load_config(file, overrides or [])
     verdict = train(config)
     return verdict, read_log(config.run.folder)
+
+
+def _forget_loss_scale() -> None:
+    """Megatron keeps the scale of auxiliary losses in a class, with the shape of whoever set it first."""
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def read_log(folder: str) -> list[dict[str, Any]]:
@@ -32,6 +39,7 @@ def read_log(folder: str) -> list[dict[str, Any]]:
 @contextmanager
 def trainer_of(file: str, overrides: list[str] | None = None) -> Iterator[Trainer]:
     """A Trainer on groups that exist."""
+    _forget_loss_scale()
     trainer = build_trainer(load_config(file, overrides or []))
     try:
         yield trainer

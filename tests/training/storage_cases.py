@@ -42,11 +42,12 @@ def state(*, offset: float = 0.0, empty: bool = False, extra: str | None = None)
     return {"model": tensors, "random": ShardedObject("random", {"rank": rank}, (size,), (rank,))}
 
 
-def save(*, folder: Path, steps: list[int], **options: Any) -> None:
-    """Save once for each step; the values tell the step."""
+def save(*, folder: Path, steps: list[int], offset: float = 0.0, **options: Any) -> None:
+    """Save once for each step; the values tell the step (plus ``offset``)."""
     store = CheckpointStore(folder, **options)
+    plain = {"partition": {"groups": ["a"]}, "config": {"run": {"seed": 1}}}
     for step in steps:
-        store.save(step, state(offset=step), common=COMMON, partition={"groups": ["a"]}, config={"run": {"seed": 1}})
+        store.save(step, state(offset=step + offset), common=COMMON, **plain)
 
 
 def load(*, folder: Path, step: int, with_objects: bool = True, verify: str = "full") -> dict[str, Any]:
@@ -71,6 +72,10 @@ def load_other_model(*, folder: Path, change: str) -> str:
     tensors = wanted["model"]
     if change == "missing":
         tensors["extra"] = ShardedTensor.from_rank_offsets("decoder.new", torch.zeros(1), replica_id=dist.get_rank())
+    elif change == "more ranks":
+        own = [] if dist.get_rank() else [(2, {})]
+        wanted["random"] = [ShardedObject("random", None, (3,), (dist.get_rank(),))]
+        wanted["random"] += [ShardedObject("random", data, (3,), (rank,)) for rank, data in own]
     elif change == "extra":
         del tensors["shared"]
     else:
@@ -143,25 +148,21 @@ def killed_at(call: int) -> Iterator[list[str]]:
         yield changes
 
 
-def save_killed_everywhere(*, folder: Path) -> list[tuple[str, int | None, float]]:
-    """Kill the second save before each of its changes; what a restarted run finds, and that it can go on."""
+def save_killed_everywhere(*, folder: Path, first: int) -> list[tuple[int | None, float]]:
+    """Kill a save of step 2 before each of its changes, with step ``first`` there; what a restarted run finds."""
     found = []
     for call in range(100):
         shutil.rmtree(folder, ignore_errors=True)
-        save(folder=folder, steps=[1], keep=1)
-        try:
-            with killed_at(call) as changes:
-                save(folder=folder, steps=[2], keep=1)
-        except Killed:
-            pass
-        finished = len(changes) < call
+        save(folder=folder, steps=[first], keep=1)
+        with contextlib.suppress(Killed), killed_at(call) as changes:
+            save(folder=folder, steps=[2], keep=1, offset=10.0)
         step = CheckpointStore(folder).newest_complete()
-        first = load(folder=folder, step=step)["split"][0, 0]
-        found.append((changes[-1] if changes else "nothing", step, float(first)))
+        found.append((step, float(load(folder=folder, step=step)["split"][0, 0])))
+        # Going on leaves nothing of the accident behind.
         save(folder=folder, steps=[3], keep=1)
         assert CheckpointStore(folder).newest_complete() == 3
         assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-3"]
-        if finished:
+        if len(changes) < call:
             return found
     raise AssertionError("the save never ended")
 

@@ -70,14 +70,15 @@ def test_what_stands_in_the_folder(saved):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ("missing", "1 tensors of this run are not in it (first: decoder.new)"),
+        ("missing", "1 entries of this run are not in it (first: decoder.new)"),
+        ("more ranks", "1 entries of this run are not in it (first: random/shard_2_3)"),
         ("extra", "1 of its tensors are not in this run (first: shared.weight)"),
         ("reshaped", "shared.weight has shape (2,) there and (5,) here"),
     ],
 )
 def test_another_model_is_refused_with_the_difference(saved, change, message):
     for refusal in run_ranks(f"{CASES}:load_other_model", world_size=2, folder=saved / "step-5", change=change):
-        assert refusal.startswith(f"{saved / 'step-5'} is a checkpoint of another model: {message}")
+        assert refusal.startswith(f"{saved / 'step-5'} is a checkpoint of another model or layout: {message}")
 
 
 def _files(saved: Path) -> list[str]:
@@ -165,14 +166,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, full_on):
     assert CheckpointStore(tmp_path).newest_complete() == 1
 
 
-def test_a_save_killed_before_any_of_its_changes_loses_nothing(tmp_path):
-    (found,) = run_ranks(f"{CASES}:save_killed_everywhere", folder=tmp_path / "checkpoints")
-    steps = [step for _, step, _ in found]
+@pytest.mark.parametrize("first, old", [(1, (1, 1.0)), (2, (2, 2.0))])
+def test_a_save_killed_before_any_of_its_changes_loses_nothing(tmp_path, first, old):
+    """The old checkpoint up to a point and the new one from there on, also where both are of the same step."""
+    (found,) = run_ranks(f"{CASES}:save_killed_everywhere", folder=tmp_path / "checkpoints", first=first)
+    new = (2, 12.0)
     assert len(found) > 8
-    # The old checkpoint up to a point, the new one from there on; each with its own values.
-    assert steps == sorted(steps)
-    assert set(steps) == {1, 2}
-    assert all(value == step for _, step, value in found)
+    assert set(found) == {old, new}
+    assert found == sorted(found)
 
 
 def test_the_marker_and_the_tracker_come_last(tmp_path):

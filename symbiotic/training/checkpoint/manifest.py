@@ -59,16 +59,29 @@ def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], *, kind
 def publish(temporary: Path, folder: Path) -> None:
     """Give a written folder its final name, then its marker, which makes it a checkpoint.
 
-    A folder that has the name already, such as a damaged checkpoint of the same step, is replaced.
+    A folder that has the name already is put aside until the marker is there: see :func:`restore_replaced`.
     """
-    replaced = folder.with_name(folder.name + ".replaced.tmp")
-    remove_folder(replaced)
+    replaced = _replaced(folder)
     if folder.exists():
+        remove_folder(replaced)
         folder.rename(replaced)
     temporary.rename(folder)
     fsync_folder(folder.parent)
     write_text(folder / MARKER_FILE, sha256_of(folder / MANIFEST_FILE) + "\n")
     remove_folder(replaced)
+
+
+def restore_replaced(folder: Path) -> None:
+    """Bring back a checkpoint that was put aside by a process that was killed before its successor was complete."""
+    replaced = _replaced(folder)
+    if is_complete(replaced) and not is_complete(folder):
+        remove_folder(folder)
+        replaced.rename(folder)
+        fsync_folder(folder.parent)
+
+
+def _replaced(folder: Path) -> Path:
+    return folder.with_name(folder.name + ".replaced.tmp")
 
 
 def remove_folder(folder: Path) -> None:

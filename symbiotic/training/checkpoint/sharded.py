@@ -14,8 +14,13 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, CheckpointingException, save_config
-from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_outplace,
+    extract_matching_values,
+    merge,
+    nested_values,
+)
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
@@ -29,7 +34,7 @@ from symbiotic.distributed.agreement import on_every_rank, on_rank_zero, rank_an
 from symbiotic.errors import CheckpointError
 from symbiotic.training.checkpoint.manifest import reporting_disk_errors
 from symbiotic.training.checkpoint.safe_load import SafeReader, load_object, read_metadata
-from symbiotic.training.checkpoint.weights import OPTIMIZER_PREFIX, read_common_state
+from symbiotic.training.checkpoint.weights import OPTIMIZER_PREFIX, read_common_state, write_format
 
 PRIVATE_NAMES = (
     ("megatron.core.dist_checkpointing.strategies.torch", "MCoreLoadPlanner"),
@@ -69,12 +74,7 @@ def save_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> None:
             )
     except CheckpointException as error:
         raise CheckpointError(_writing_failed(error, folder)) from error
-    on_rank_zero(lambda: _write_format(folder))
-
-
-def _write_format(folder: Path) -> None:
-    with reporting_disk_errors(folder):
-        save_config(CheckpointingConfig("torch_dist"), str(folder))
+    on_rank_zero(lambda: write_format(folder))
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
@@ -105,10 +105,24 @@ def load_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, 
     common_state = on_every_rank(lambda: read_common_state(folder, metadata))
     merge(common_state, own_values)
     sharded, _ = extract_sharded_base(wanted)
+    absent, sharded = extract_matching_values(sharded, lambda entry: _is_absent_extra_state(entry, metadata))
+    merge(common_state, dict_list_map_outplace(lambda _: None, absent))
     global_shards = _check_sharding(sharded)
     on_rank_zero(lambda: _check_same_model(global_shards, metadata, folder))
     merge(common_state, on_every_rank(lambda: _read(sharded, folder)))
     return apply_factory_merges(common_state, factories)
+
+
+def _is_absent_extra_state(entry: ShardedTensor | ShardedObject, metadata: Metadata) -> bool:
+    """Whether this is a module's extra state (Transformer Engine's scaling factors) that the checkpoint lacks.
+
+    Weights that no run wrote have none; a module that is given None starts without.
+    """
+    return (
+        isinstance(entry, ShardedObject)
+        and entry.key.endswith("._extra_state")
+        and entry.unique_key not in metadata.state_dict_metadata
+    )
 
 
 class _SafePlanner(torch_strategy.MCoreLoadPlanner):
@@ -175,26 +189,27 @@ def _check_readable(sharded: dict[str, Any], common_state: dict[str, Any]) -> No
 
 
 def _check_same_model(global_shards: list[list[Any]], metadata: Metadata, folder: Path) -> None:
-    """Refuse a checkpoint whose tensors are not the ones that the ranks ask for."""
+    """Refuse a checkpoint whose tensors and objects are not the ones that the ranks ask for."""
     # Vocabulary tensors too, whose shapes Megatron lets differ: ours are padded independently of the layout.
     wanted = {shard.key: tuple(shard.global_shape) for shards in global_shards for shard in shards
               if isinstance(shard, ShardedTensor)}  # fmt: skip
     stored = {key: tuple(entry.size) for key, entry in metadata.state_dict_metadata.items()
               if isinstance(entry, TensorStorageMetadata)}  # fmt: skip
+    objects = [shard.unique_key for shards in global_shards for shard in shards if isinstance(shard, ShardedObject)]
     with_optimizer = any(key.startswith(OPTIMIZER_PREFIX) for key in wanted)
-    missing = [key for key in wanted if key not in stored]
+    missing = [key for key in [*wanted, *objects] if key not in metadata.state_dict_metadata]
     extra = [key for key in stored if key not in wanted and (with_optimizer or not key.startswith(OPTIMIZER_PREFIX))]
     reshaped = [key for key in wanted if key in stored and stored[key] != wanted[key]]
     differences = [
-        f"{len(missing)} tensors of this run are not in it (first: {missing[0]})" if missing else "",
+        f"{len(missing)} entries of this run are not in it (first: {missing[0]})" if missing else "",
         f"{len(extra)} of its tensors are not in this run (first: {extra[0]})" if extra else "",
         f"{reshaped[0]} has shape {stored[reshaped[0]]} there and {wanted[reshaped[0]]} here" if reshaped else "",
     ]
     differences = [difference for difference in differences if difference]
     if differences:
         raise CheckpointError(
-            f"{folder} is a checkpoint of another model: {', '.join(differences)}; use the configuration it was "
-            "trained with, or name another checkpoint"
+            f"{folder} is a checkpoint of another model or layout: {', '.join(differences)}; use the configuration "
+            "it was trained with, or name another checkpoint"
         )
 
 

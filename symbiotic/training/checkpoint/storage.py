@@ -155,6 +155,8 @@ class CheckpointStore:
 
     def _announced_steps(self) -> list[int]:
         """Complete steps; says in the log what the tracker promises and the folder doesn't hold."""
+        for path in self.folder.glob("step-*.replaced.tmp"):
+            manifests.restore_replaced(path.with_name(path.name.removesuffix(".replaced.tmp")))
         steps = self.steps()
         tracker = self.folder / TRACKER_FILE
         if tracker.is_file():

@@ -189,6 +189,12 @@ def read_common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
     return state[0]
 
 
+def write_format(folder: Path) -> None:
+    """Write the file by which megatron-core's ``dist_checkpointing`` knows the format of the folder."""
+    with manifests.reporting_disk_errors(folder):
+        write_json(folder / FORMAT_FILE, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+
+
 def _slice_of(folder: Path, place: _StorageInfo) -> io.BytesIO:
     with open(folder / place.relative_path, "rb") as file:
         file.seek(place.offset)
@@ -305,7 +311,7 @@ class WeightsWriter:
         metadata = Metadata(self._entries, storage_data=self._places, storage_meta=StorageMeta())
         with replacing(self._temporary / METADATA_FILE) as file:
             pickle.dump(metadata, file)
-        write_json(self._temporary / FORMAT_FILE, {"sharded_backend": "torch_dist", "sharded_backend_version": 1})
+        write_format(self._temporary)
         for name, table in self._plain.items():
             if table is not None:
                 write_json(self._temporary / name, table)
