@@ -1,68 +1,72 @@
-"""Every command shown in a page's ``sh`` block is run: here, by CI, or by a test named here."""
+"""Every command shown in a page's ``sh`` block is run, here or by CI."""
 
 import os
 import re
-import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import pytest
 
+from symbiotic.config import load_config
 from tests.support.repository import ROOT, repository_files
 from tests.support.requirements import DEMO_RUNS, require_demo, unavailable
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunBy:
-    """Where a command is run: in this file (``here``), as a phase of .ci/run, or by a test."""
+class RunBy(Enum):
+    """Where a shown command is run."""
 
-    here: bool = False
-    needs_demo: bool = False
-    """Run here, but slow: it works on the results of ``make demo``."""
-    ci: bool = False
-    test: str | None = None
-    """``file::function`` of a test that runs it."""
+    CI = "a phase of .ci/run"
+    HERE = "in this file"
+    ON_THE_DEMO = "in this file, slow, on the results of `make demo`"
 
-
-HERE = RunBy(here=True)
-ON_THE_DEMO = RunBy(here=True, needs_demo=True)
-IN_CI = RunBy(ci=True)
 
 COMMANDS = {
-    "make demo": IN_CI,
-    "make test": IN_CI,
-    "source .venv/bin/activate": HERE,
+    "make demo": RunBy.CI,
+    "make test": RunBy.CI,
+    "source .venv/bin/activate": RunBy.HERE,
     'python tools/generate.py draw --model runs/digits/export --prompt "Draw a seven." --count 4 --output sevens': (
-        ON_THE_DEMO
+        RunBy.ON_THE_DEMO
     ),
-    "python tools/generate.py read --model runs/digits/export --image sevens/0.png": ON_THE_DEMO,
+    "python tools/generate.py read --model runs/digits/export --image sevens/0.png": RunBy.ON_THE_DEMO,
     "python tools/convert_checkpoint.py export runs/digits/generation exported --codec runs/digits/corpus/codec": (
-        ON_THE_DEMO
+        RunBy.ON_THE_DEMO
     ),
-    "python pretrain_symbiotic.py --config examples/digits/understanding.yaml --dry-run": ON_THE_DEMO,
+    "python tools/convert_checkpoint.py verify runs/digits/generation exported "
+    "--data runs/digits/corpus/shards/text_validation": RunBy.ON_THE_DEMO,
+    "python pretrain_symbiotic.py --config examples/digits/understanding.yaml --dry-run": RunBy.ON_THE_DEMO,
     "torchrun --standalone --nproc-per-node 2 pretrain_symbiotic.py --config examples/digits/understanding.yaml "
-    "run.folder=runs/mine stages.understanding.steps=20": ON_THE_DEMO,
+    "run.folder=runs/mine stages.understanding.steps=20": RunBy.ON_THE_DEMO,
     "python tools/fit_codebook.py --input runs/digits/corpus/generation_train.jsonl --codes 32 --stride 2 "
-    "--output mine/codec": ON_THE_DEMO,
+    "--output mine/codec": RunBy.ON_THE_DEMO,
     "python tools/train_tokenizer.py --input runs/digits/corpus/text_train.jsonl --size 500 "
     "--output mine/tokenizer.model --vocabulary mine/vocabulary.json --codec mine/codec --resolution 4x4 "
-    "--resolution 6x16": ON_THE_DEMO,
+    "--resolution 6x16": RunBy.ON_THE_DEMO,
     "python tools/preprocess_data.py --input runs/digits/corpus/generation_train.jsonl "
     "--output mine/shards/generation --vocabulary mine/vocabulary.json --tokenizer mine/tokenizer.model "
-    "--codec mine/codec --workers 2": ON_THE_DEMO,
-    "python tools/verify_data.py mine/shards/generation --vocabulary mine/vocabulary.json": ON_THE_DEMO,
+    "--codec mine/codec --workers 2": RunBy.ON_THE_DEMO,
+    "python tools/verify_data.py mine/shards/generation --vocabulary mine/vocabulary.json": RunBy.ON_THE_DEMO,
 }
 """Every shown command. Those on the demo run in this order, in one folder: later ones use what earlier ones wrote."""
+
+
+def pages() -> list[Path]:
+    """Every Markdown page, relative to the repository."""
+    return [path for path in repository_files() if path.suffix == ".md"]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of one language in a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def shown_commands() -> dict[str, str]:
     """Every command line of an ``sh`` block, without its comment -> the page that shows it."""
     commands = {}
-    for page in [path for path in repository_files() if path.suffix == ".md"]:
-        text = (ROOT / page).read_text(encoding="utf-8")
-        for block in re.findall(r"^ *```sh\n(.*?)^ *```", text, flags=re.MULTILINE | re.DOTALL):
+    for page in pages():
+        for block in blocks(page, "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 if command := " ".join(line.partition(" #")[0].split()):
                     commands[command] = str(page)
@@ -75,7 +79,7 @@ SHOWN = shown_commands()
 def test_no_other_kind_of_shell_block():
     """A block of another name would escape the check."""
     other = {"bash", "shell", "console", "zsh", "shell-session"}
-    for page in [path for path in repository_files() if path.suffix == ".md"]:
+    for page in pages():
         languages = set(re.findall(r"^ *```(\S+)", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE))
         assert not languages & other, f"{page}: use an sh block"
 
@@ -89,17 +93,14 @@ def test_no_entry_is_left_behind():
     assert not [command for command in COMMANDS if command not in SHOWN]
 
 
-@pytest.mark.parametrize("command", [command for command, how in COMMANDS.items() if how.ci])
+def commands_run(by: RunBy) -> list[str]:
+    """The registered commands of one kind, in order."""
+    return [command for command, how in COMMANDS.items() if how is by]
+
+
+@pytest.mark.parametrize("command", commands_run(RunBy.CI))
 def test_ci_runs_it(command: str):
     assert f"phase {command}\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("command", [command for command, how in COMMANDS.items() if how.test])
-def test_the_named_test_exists_and_calls_the_program(command: str):
-    file, _, function = COMMANDS[command].test.partition("::")
-    text = (ROOT / file).read_text(encoding="utf-8")
-    program = next(word for word in shlex.split(command) if word.endswith(".py"))
-    assert f"def {function}(" in text and Path(program).name in text
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def run_shown(command: str, folder: Path) -> None:
     assert result.returncode == 0, f"{command} ended with {result.returncode}:\n{result.stdout}\n{result.stderr}"
 
 
-@pytest.mark.parametrize("command", [text for text, how in COMMANDS.items() if how.here and not how.needs_demo])
+@pytest.mark.parametrize("command", commands_run(RunBy.HERE))
 def test_cheap_command_runs(command: str, workspace: Path):
     if command.startswith("source .venv") and not (ROOT / ".venv").exists():
         unavailable("no .venv here; `make test` makes one")
@@ -137,15 +138,41 @@ def test_cheap_command_runs(command: str, workspace: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [text for text, how in COMMANDS.items() if how.needs_demo])
+@pytest.mark.parametrize("command", commands_run(RunBy.ON_THE_DEMO))
 def test_command_on_the_demo_runs(command: str, workspace: Path):
     require_demo()
     run_shown(command, workspace)
 
 
+@pytest.mark.slow
+def test_the_python_of_the_huggingface_page_runs(workspace: Path):
+    require_demo()
+    if not (workspace / "exported").exists():
+        (workspace / "exported").symlink_to(DEMO_RUNS / "export")
+    for block in blocks(Path("docs/huggingface.md"), "python"):
+        (workspace / "block.py").write_text(block, encoding="utf-8")
+        run_shown("python block.py", workspace)
+
+
+def test_yaml_blocks_are_configurations(tmp_path: Path):
+    base = ROOT / "examples" / "digits" / "generation.yaml"
+    found = [block for page in pages() for block in blocks(page, "yaml")]
+    assert found
+    for block in found:
+        (tmp_path / "block.yaml").write_text(f"extends: {base}\n{block}", encoding="utf-8")
+        load_config(tmp_path / "block.yaml", check_files=False)
+
+
 def test_linked_files_exist():
-    for page in [path for path in repository_files() if path.suffix == ".md"]:
+    for page in pages():
         text = (ROOT / page).read_text(encoding="utf-8")
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
             if "://" not in target:
                 assert (ROOT / page).parent.joinpath(target).exists(), f"{page} links to {target}, which isn't there"
+
+
+def test_pages_named_in_the_code_exist():
+    known = {name for page in pages() for name in (str(page), page.name)}
+    for file in [path for path in repository_files() if path.suffix == ".py" and path.parts[0] != "tests"]:
+        for name in re.findall(r"[\w/-]+\.md\b", (ROOT / file).read_text(encoding="utf-8")):
+            assert name in known, f"{file} names {name}, which isn't there"

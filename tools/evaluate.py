@@ -53,7 +53,7 @@ def main() -> None:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1")
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     items = load_items(arguments.corpus)
     for name, path in arguments.model:
         folder = exported_folder(path, report=console.print)

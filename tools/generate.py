@@ -92,7 +92,7 @@ def read(exported: ExportedModel, arguments: argparse.Namespace, console: Consol
 def main() -> None:
     """Command line of the tool."""
     arguments = parse_arguments()
-    console = Console()
+    console = Console(soft_wrap=True, highlight=False)
     folder = exported_folder(arguments.model, report=console.print)
     exported = ExportedModel.load(folder, device=arguments.device)
     (draw if arguments.command == "draw" else read)(exported, arguments, console)

@@ -41,6 +41,9 @@ START_VARIABLE = "SYMBIOTIC_START_TIME"
 """Set by the Makefile to when make began, so that the set-up counts (seconds since 1970)."""
 
 NUM_PROCESSES = 2
+IGNORED_WARNINGS = "ignore:full scope is deprecated:UserWarning,ignore:`torch.distributed:FutureWarning"
+"""Notes of megatron-core and torch on their own calls, which nobody who runs the recipe can act on."""
+
 GROUPS = ("understanding=12", "generation=4")
 KINDS = ("understanding", "generation", "text")
 """Kinds of documents, each with shards of its own."""
@@ -87,8 +90,14 @@ class Size:
 
 SMALL_MODEL = ("model.blocks=2", "training.global_batch_size=4", "training.micro_batch_size=2")
 SMOKE = Size(
-    understanding=(*SMALL_MODEL, "stages.understanding.steps=4", "schedule.warmup_steps=1"),
-    generation=(*SMALL_MODEL, "stages.warm-up.steps=2", "stages.release.steps=2", "schedule.warmup_steps=1"),
+    understanding=(*SMALL_MODEL, "stages.understanding.steps=4", "schedule.warmup_steps=1", "logging.interval=1"),
+    generation=(
+        *SMALL_MODEL,
+        "stages.warm-up.steps=2",
+        "stages.release.steps=2",
+        "schedule.warmup_steps=1",
+        "logging.interval=1",
+    ),
     evaluation=("--limit", "10", "--drawings", "40"),
 )
 """A few steps of a smaller model, to see that every part works; the figures mean nothing."""
@@ -187,6 +196,7 @@ def environment(threads: int) -> dict[str, str]:
     """Variables of a phase's processes: threads that neither fight for cores nor spin, our package, no network."""
     paths = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
+        "PYTHONWARNINGS": IGNORED_WARNINGS,
         "OMP_NUM_THREADS": str(threads),
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",

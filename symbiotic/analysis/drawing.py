@@ -77,7 +77,7 @@ def judge_drawings(drawn: Drawings, *, training: PictureSet, held_out: PictureSe
         row(
             "generation_frechet_distance",
             distance.distance(drawn.pixels, drawn.labels),
-            "squared pixel units",
+            "pixel^2",
             ceiling=distance.distance(held_out.decoded, held_out.labels),
         ),
     ]

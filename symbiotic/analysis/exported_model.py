@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.utils.logging import disable_progress_bar
 
 from symbiotic.analysis.sequences import Segment, TokenSequence, image_to_draw
 from symbiotic.errors import CheckpointError, DataError
@@ -56,6 +57,7 @@ class ExportedModel:
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no config.json; make one with tools/convert_checkpoint.py export")
+        disable_progress_bar()  # of the loading of weights, which takes no time worth showing
         model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         if getattr(model.config, "image_vocabulary", None) is None:
             raise CheckpointError(f"{folder}: config.json has no image_vocabulary: the model knows no images")

@@ -51,7 +51,8 @@ def exported_folder(path: Path | str, *, report: Callable[[str], None] = lambda 
 
 def export_location(checkpoint: Path) -> Path:
     """``RUN/export/step-N`` for ``RUN/checkpoints/step-N``; beside any other checkpoint, ``export/NAME``."""
-    checkpoint = checkpoint.resolve()
+    if len(checkpoint.parts) < 3:
+        checkpoint = checkpoint.absolute()
     run = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint.parent
     return run / "export" / checkpoint.name
 

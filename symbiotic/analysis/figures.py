@@ -83,10 +83,11 @@ def _draw_losses(axes: Axes, log: RunLog) -> None:
         colour = CLASS_COLOURS.get(name, OTHER_COLOUR)
         axes.plot(*zip(*curve, strict=True), color=colour, alpha=0.2, linewidth=0.8)
         axes.plot(*smooth(curve), color=colour, linewidth=1.5, label=f"{name}, training")
-    for name, curve in log.held_out.items():
+    markers = dict(zip(dict.fromkeys(source for _, source in log.held_out), "os^vDP*" * 5, strict=False))
+    for (name, source), curve in log.held_out.items():
         colour = CLASS_COLOURS.get(name, OTHER_COLOUR)
-        axes.plot(*zip(*curve, strict=True), color=colour, marker="o", markersize=3.5, linewidth=0.8,
-                  linestyle="--", label=f"{name}, held out")  # fmt: skip
+        axes.plot(*zip(*curve, strict=True), color=colour, marker=markers[source], markersize=3.5, linewidth=0.8,
+                  linestyle="--", label=f"{name} in {source}, held out")  # fmt: skip
     for first_step, stage in log.stages:
         axes.axvline(first_step, color="#888888", linewidth=0.8, linestyle=":")
         axes.annotate(stage, (first_step, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -10),
@@ -172,11 +173,15 @@ def mosaic(pictures: Sequence[Sequence[np.ndarray]], *, columns: int) -> np.ndar
     return canvas
 
 
+def _inches_per_pixel(height: int, width: int) -> float:
+    """Enlargement of a picture in a mosaic: about half an inch, wider where the picture is."""
+    return max(0.45, 0.35 * width / height) / width
+
+
 def _mosaic_figure(pictures: Sequence[Sequence[np.ndarray]], *, columns: int, title: str) -> tuple[Figure, Axes]:
-    """A figure with one axes that shows the mosaic, about half an inch a picture."""
+    """A figure with one axes that shows the mosaic."""
     canvas = mosaic(pictures, columns=columns)
-    height, width = pictures[0][0].shape[:2]
-    scale = max(0.45, 0.3 * width / height) / width
+    scale = _inches_per_pixel(*pictures[0][0].shape[:2])
     figure = _figure(canvas.shape[1] * scale + 1.0, canvas.shape[0] * scale + 0.6)
     axes = figure.subplots()
     axes.imshow(canvas, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
@@ -212,16 +217,17 @@ def sample_grid(
 def reading_grid(
     pictures: np.ndarray, answers: Sequence[str], correct: Sequence[str], *, columns: int, title: str
 ) -> Picture:
-    """Pictures with the model's answer under each: green when right, red with the right answer when not."""
+    """Pictures with the model's answer under each: green when right, red above the right answer when not."""
     height, width = pictures.shape[1:3]
-    # White rows below each picture hold its answer.
-    room = np.zeros((len(pictures), max(3, round(0.3 * width)), *pictures.shape[2:]))
+    # White rows below each picture hold two lines of text.
+    room_height = round(0.26 / _inches_per_pixel(height, width))
+    room = np.zeros((len(pictures), room_height, *pictures.shape[2:]))
     labelled = np.concatenate([pictures, room], axis=1)
     rows = [list(labelled[start : start + columns]) for start in range(0, len(labelled), columns)]
     figure, axes = _mosaic_figure(rows, columns=columns, title=title)
     for index, (answer, right) in enumerate(zip(answers, correct, strict=True)):
         row, column = divmod(index, columns)
         place = (column * (width + GAP) + width / 2 - 0.5, row * (labelled.shape[1] + GAP) + height)
-        label, colour = (answer, RIGHT_COLOUR) if answer == right else (f"{answer} ({right})", WRONG_COLOUR)
-        axes.text(*place, label, fontsize=7, color=colour, ha="center", va="top")
+        label, colour = (answer, RIGHT_COLOUR) if answer == right else (f"{answer}\n({right})", WRONG_COLOUR)
+        axes.text(*place, label, fontsize=7, color=colour, ha="center", va="top", linespacing=1.0)
     return _as_png(figure, alternative=title)

@@ -139,7 +139,18 @@ def _curves(folder: Path) -> list[Section]:
         "Loss of each class against the step: faint lines are single steps, bold lines their running mean, dots are "
         "held-out losses. Dotted vertical lines mark where a stage begins."
     )
-    return [Section("Training", text, [(loss_curves(logs), "Nats a token; each class has its own mean.")])]
+    return [
+        Section(
+            "Training",
+            text,
+            [
+                (
+                    loss_curves(logs),
+                    "Nats a token; each class has its own mean. Held-out losses are shown by class and source.",
+                )
+            ],
+        )
+    ]
 
 
 def _pictures(folder: Path) -> list[Section]:
@@ -164,7 +175,7 @@ def _pictures(folder: Path) -> list[Section]:
             columns=8,
             title=f"Read {task}",
         )
-        pictures.append((grid, "Held-out pictures at even distances; a wrong answer is red, the right one beside it."))
+        pictures.append((grid, "Held-out pictures at even distances; a wrong answer is red, the right one below it."))
     return [Section("What the model draws and reads", "The final model.", pictures)] if pictures else []
 
 

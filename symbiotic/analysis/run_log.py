@@ -22,14 +22,14 @@ class RunLog:
     Attributes:
         name: the run's name, for titles.
         loss: class -> training loss at each logged step, nats a token.
-        held_out: class -> held-out loss at each evaluation, mean over the sources that have the class.
-        stages: (first logged step, name) of each stage.
+        held_out: (class, source) -> held-out loss at each evaluation, nats a token.
+        stages: (first step, name) of each stage, steps counted from 0.
         tokens_per_second: mean over the logged steps, None when nothing was logged.
     """
 
     name: str
     loss: dict[str, Curve] = field(default_factory=dict)
-    held_out: dict[str, Curve] = field(default_factory=dict)
+    held_out: dict[tuple[str, str], Curve] = field(default_factory=dict)
     stages: list[tuple[int, str]] = field(default_factory=list)
     tokens_per_second: float | None = None
 
@@ -70,36 +70,30 @@ def collect(events: Iterable[dict[str, Any]], *, name: str) -> RunLog:
 
     A resumed run logs the steps after its checkpoint again; the later entry of a step counts.
     """
-    steps: dict[int, dict[str, Any]] = {}
-    evaluations: dict[int, dict[str, Any]] = {}
+    by_kind: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for event in events:
-        if event.get("event") == "step":
-            steps[event["step"]] = event
-        elif event.get("event") == "evaluation":
-            evaluations[event["step"]] = event
+        # A stage is announced again after a resume in its middle.
+        by_kind[event.get("event", "")][event.get("first_step", event.get("step", 0))] = event
+    steps = dict(sorted(by_kind["step"].items()))
     loss: dict[str, Curve] = defaultdict(list)
-    stages: list[tuple[int, str]] = []
-    for step in sorted(steps):
-        event = steps[step]
-        for name_of_class, value in event["loss"].items():
-            if value is not None:
-                loss[name_of_class].append((step, float(value)))
-        if event.get("stage") and (not stages or stages[-1][1] != event["stage"]):
-            stages.append((step, event["stage"]))
-    held_out: dict[str, Curve] = defaultdict(list)
-    for step in sorted(evaluations):
-        by_class: dict[str, list[float]] = defaultdict(list)
-        for classes in evaluations[step]["loss"].values():
-            for name_of_class, value in classes.items():
-                if value is not None:
-                    by_class[name_of_class].append(float(value))
-        for name_of_class, values in by_class.items():
-            held_out[name_of_class].append((step, sum(values) / len(values)))
+    for step, event in steps.items():
+        for name_of_class, value in _numbers(event["loss"]):
+            loss[name_of_class].append((step, value))
+    held_out: dict[tuple[str, str], Curve] = defaultdict(list)
+    for step, event in sorted(by_kind["evaluation"].items()):
+        for source, classes in event["loss"].items():
+            for name_of_class, value in _numbers(classes):
+                held_out[name_of_class, source].append((step, value))
     rates = [event["tokens_per_second"] for event in steps.values() if event.get("tokens_per_second")]
     return RunLog(
         name=name,
         loss=dict(loss),
         held_out=dict(held_out),
-        stages=stages,
+        stages=[(first, event["stage"]) for first, event in sorted(by_kind["stage"].items())],
         tokens_per_second=sum(rates) / len(rates) if rates else None,
     )
+
+
+def _numbers(values: dict[str, float | None]) -> list[tuple[str, float]]:
+    """Entries with a number: a class without tokens, or a loss that wasn't finite, is null in the log."""
+    return [(name, float(value)) for name, value in values.items() if value is not None]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 from symbiotic.analysis.page import format_number, verdict
@@ -18,11 +19,14 @@ def print_rows(rows: Iterable[Row], *, console: Console, title: str) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("metric", no_wrap=True)
     for name in NUMBERS:
-        table.add_column(name, justify="right")
-    table.add_column("unit")
-    table.add_column("holds")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("unit", no_wrap=True)
+    table.add_column("holds", no_wrap=True)
     for row in rows:
-        colour = {True: "green", False: "bold red", None: ""}[row.holds]
         numbers = [format_number(getattr(row, name)) for name in NUMBERS]
-        table.add_row(row.metric, *numbers, row.unit, verdict(row), style=colour if row.holds is False else "")
-    console.print(table)
+        style = "bold red" if row.holds is False else ""
+        table.add_row(row.metric, *numbers, row.unit, verdict(row), style=style)
+    # A log file has no width of its own: nothing is shortened there, nor on a narrow terminal.
+    unlimited = console.options.update(max_width=1000)
+    width = Measurement.get(console, unlimited, table).maximum
+    console.print(table, width=width, crop=False, soft_wrap=True, highlight=False)

@@ -17,6 +17,8 @@ from symbiotic.config.schema import (
     DataConfig,
     GroupConfig,
     RouterConfig,
+    ShieldConfig,
+    ShieldTargets,
     SourceConfig,
     StageConfig,
 )
@@ -72,6 +74,7 @@ Every parameter has exactly one role, and every role needs a rate:
 | `attention` | attention projections |
 | `norm` | all norms, those of queries and keys included |
 | `mlp` | dense MLPs |
+| `attention.GROUP`, `norm.GROUP`, `mlp.GROUP` | the same, of a group that has them for itself (`groups.GROUP.own`) |
 | `router.NAME` | one router |
 | `expert.GROUP` | the routed experts of one group |
 | `shared_expert` | the shared expert and its gate |
@@ -97,6 +100,8 @@ def _section(item: dataclasses.Field, expected: Any) -> str:
         body = _described(expected)
         if expected is DataConfig:
             body += "\n\nEach element of `sources` and `validation`:\n\n" + _settings_table(SourceConfig)
+        if expected is ShieldConfig:
+            body += "\n\n`targets`: " + _described(ShieldTargets)
         return f"## `{item.name}`\n\n{body}\n"
     texts = {
         "groups": "Name of the group: its settings. The order counts for partition method index.\n\n"
@@ -130,6 +135,8 @@ def _type_and_limits(item: dataclasses.Field, expected: Any) -> str:
         words = "table of numbers"
     elif typing.get_origin(expected) is list and dataclasses.is_dataclass(arguments[0]):
         words = "list of tables"
+    elif typing.get_origin(expected) is list and typing.get_origin(arguments[0]) is typing.Literal:
+        words = "list of " + ", ".join(typing.get_args(arguments[0]))
     else:
         words = type_words(expected)
     minimum, maximum = item.metadata.get("minimum"), item.metadata.get("maximum")
@@ -138,6 +145,8 @@ def _type_and_limits(item: dataclasses.Field, expected: Any) -> str:
 
 
 def _default(item: dataclasses.Field) -> str:
+    if dataclasses.is_dataclass(item.default):
+        return "see below"
     if item.default is not dataclasses.MISSING:
         return f"`{item.default if isinstance(item.default, str) else shown(item.default)}`"
     if item.default_factory is not dataclasses.MISSING:

@@ -68,6 +68,15 @@ class GroupConfig:
     """One group of routed experts."""
 
     experts: int = setting(doc="Routed experts of the group in each MoE block; at least moe_router_topk.", minimum=1)
+    topk: int | None = setting(
+        None, "Refused unless it equals TransformerConfig.moe_router_topk: one top-k holds for all groups.", minimum=1
+    )
+    own: list[Literal["attention", "norm", "mlp"]] = setting(
+        [], "Parts that the group's tokens have for themselves instead of sharing them (mixture-of-transformers)."
+    )
+    own_start: str | None = setting(
+        None, "How own parts start when checkpoint.load names a checkpoint without them: copy_from:GROUP or random."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,16 +108,27 @@ class BalanceConfig:
     norm: Literal["megatron", "hunyuan"] = setting(
         "megatron", "megatron: 1.0 at uniform use; hunyuan: top-k times that, so a coefficient weighs k times more."
     )
+    orthogonality: float = setting(
+        0.0, "Coefficient of mean((W W^T - I)^2), W the weight of a router with rows of norm 1.", minimum=0.0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShieldTargets:
+    """What the shield protects; ``output`` scales the gradient of a module's output rows, ``weights`` the rows' share
+    of its weight gradient only, null leaves the module alone."""
+
+    shared_expert: Literal["output", "weights"] | None = setting("output", "The shared expert of every MoE block.")
+    attention: Literal["output"] | None = setting(None, "Every attention layer.")
+    norm: Literal["weights"] | None = setting(None, "Every norm, those of queries and keys included.")
+    embedding: Literal["weights"] | None = setting(None, "The token embedding; refused where it is tied.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShieldConfig:
-    """Gradient shield of the shared experts; the factors by token type stand in the stages."""
+    """Gradient shield of what all tokens share; the factors by token type stand in the stages."""
 
-    mode: Literal["output", "weights"] = setting(
-        "output",
-        "output scales the gradient at the shared expert's output rows; weights scales its weight gradient only.",
-    )
+    targets: ShieldTargets = setting(ShieldTargets(), "What is protected, and how.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +192,7 @@ class StageConfig:
         None, "Length in optimizer steps; null, in the last stage only, lasts until training.steps.", minimum=1
     )
     shield: dict[str, float] = setting(
-        {}, "Token type: factor on the gradient that rows of this type send into the shared experts; 1.0 where unset.",
+        {}, "Token type: factor on the gradient that its rows send into the targets of the shield; 1.0 where unset.",
         minimum=0.0,
     )  # fmt: skip
     rate_factors: dict[str, float] = setting(

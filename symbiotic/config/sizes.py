@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from symbiotic.config.layout import ParallelLayout, layer_pattern
 from symbiotic.config.megatron_fields import value_of
 from symbiotic.config.pattern import MOE
+from symbiotic.config.roles import owners
 from symbiotic.config.schema import Config
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
@@ -28,7 +29,8 @@ class Part:
         role: the role of all of them.
         parameters: their number in the whole model.
         split: how they are spread over the ranks of one pipeline stage.
-        unused_share: share of them that one token doesn't use: routed experts it doesn't choose.
+        unused_share: share of them that one token doesn't use: routed experts it doesn't choose, other groups' own
+            parts.
     """
 
     role: str
@@ -40,6 +42,15 @@ class Part:
         """Parameters that one rank holds; a mean for experts."""
         shares = {"tensor": layout.tensor, "whole": 1, "expert": layout.expert * layout.expert_tensor}
         return self.parameters / shares[self.split]
+
+
+def _with_owners(config: Config, part: Part) -> list[Part]:
+    """The shared parameters of a part, and as many for each group that has the part for itself.
+
+    A token uses those of one of them.
+    """
+    copies = [part.role, *(f"{part.role}.{name}" for name in owners(config, part.role))]
+    return [replace(part, role=role, unused_share=1.0 - 1.0 / len(copies)) for role in copies]
 
 
 def _norm(config: Config, channels: int) -> int:
@@ -63,8 +74,8 @@ def attention_parts(config: Config) -> list[Part]:
         projections += query_key_value
     norms = _norm(config, hidden) + (2 * _norm(config, head) if value_of(config, "qk_layernorm") else 0)
     return [
-        Part(role="attention", parameters=projections),
-        Part(role="norm", parameters=norms, split="whole"),
+        *_with_owners(config, Part(role="attention", parameters=projections)),
+        *_with_owners(config, Part(role="norm", parameters=norms, split="whole")),
     ]
 
 
@@ -73,7 +84,7 @@ def moe_parts(config: Config) -> list[Part]:
     hidden = value_of(config, "hidden_size")
     expert = _feed_forward(config, value_of(config, "moe_ffn_hidden_size"))
     unused = 1.0 - value_of(config, "moe_router_topk") / config.num_experts
-    parts = [Part(role="norm", parameters=_norm(config, hidden), split="whole")]
+    parts = _with_owners(config, Part(role="norm", parameters=_norm(config, hidden), split="whole"))
     for name, router in config.routers.items():
         rows = config.groups[router.group].experts
         parts.append(Part(role=f"router.{name}", parameters=rows * hidden, split="whole"))
@@ -91,10 +102,9 @@ def moe_parts(config: Config) -> list[Part]:
 
 def dense_parts(config: Config) -> list[Part]:
     """The dense MLP of one block, with its norm."""
-    return [
-        Part(role="norm", parameters=_norm(config, value_of(config, "hidden_size")), split="whole"),
-        Part(role="mlp", parameters=_feed_forward(config, value_of(config, "ffn_hidden_size"))),
-    ]
+    norm = Part(role="norm", parameters=_norm(config, value_of(config, "hidden_size")), split="whole")
+    mlp = Part(role="mlp", parameters=_feed_forward(config, value_of(config, "ffn_hidden_size")))
+    return [*_with_owners(config, norm), *_with_owners(config, mlp)]
 
 
 def block_parts(config: Config, blocks: Iterable[int]) -> list[Part]:
@@ -115,7 +125,7 @@ def embedding_part(config: Config, vocabulary: VocabularyLayout) -> Part:
 def output_parts(config: Config, vocabulary: VocabularyLayout) -> list[Part]:
     """The last norm and the two parts of an untied output layer."""
     hidden = value_of(config, "hidden_size")
-    parts = [Part(role="norm", parameters=_norm(config, hidden), split="whole")]
+    parts = _with_owners(config, Part(role="norm", parameters=_norm(config, hidden), split="whole"))
     if not config.model.tie_embeddings:
         parts.append(Part(role="head", parameters=vocabulary.text_part * hidden))
         parts.append(Part(role="generation_head", parameters=vocabulary.image_part * hidden))
@@ -141,7 +151,7 @@ def parameters_by_role(parts: Iterable[Part]) -> dict[str, int]:
 
 
 def active_parameters(parts: Iterable[Part]) -> int:
-    """Parameters that one token uses: all but the routed experts it doesn't choose.
+    """Parameters that one token uses: all but the routed experts it doesn't choose and other groups' own parts.
 
     Embedding and output layer count in full, as is usual when a model is called "30B-A3B".
     """

@@ -2,7 +2,8 @@
 
     python -m symbiotic.huggingface.exported_logits FOLDER BATCH OUTPUT
 
-BATCH is a ``LogitBatch`` file; OUTPUT becomes a ``.npy`` of float32 logits [rows, s, vocabulary].
+BATCH is a ``LogitBatch`` file; OUTPUT becomes a ``.npz`` with ``logits``, float32 [rows, s, vocabulary], and
+``margins``, float32 [rows, s].
 """
 
 from __future__ import annotations
@@ -19,16 +20,38 @@ from symbiotic.files import replacing
 from symbiotic.huggingface.logit_batch import LogitBatch
 
 
-def compute_logits(folder: Path, batch: LogitBatch) -> np.ndarray:
-    """Float32 logits [rows, s, vocabulary]."""
+class RoutingMargins:
+    """How far each token is from choosing another expert: the smallest gap, over all blocks, between the last
+    chosen and the first rejected expert's router logit."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.smallest: torch.Tensor | None = None
+        for module in model.modules():
+            if type(module).__name__ == "SymbioticRouter":
+                module.register_forward_hook(self._measure)
+
+    def _measure(self, router: torch.nn.Module, inputs: tuple[torch.Tensor, torch.Tensor], _: object) -> None:
+        logits_NC = router.joint_logits(*inputs).float()
+        if logits_NC.shape[1] <= router.top_k:
+            return
+        best = torch.topk(logits_NC, router.top_k + 1, dim=-1).values
+        # A group of exactly top-k experts leaves no choice: its next logit is -inf and the gap infinite.
+        gap = best[:, -2] - best[:, -1]
+        self.smallest = gap if self.smallest is None else torch.minimum(self.smallest, gap)
+
+
+def compute_logits(folder: Path, batch: LogitBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Float32 logits [rows, s, vocabulary] and each token's routing margin [rows, s] (infinite without routing)."""
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    margins = RoutingMargins(model)
     with torch.inference_mode():
         output = model(
             input_ids=torch.from_numpy(batch.tokens),
             token_type_ids=torch.from_numpy(batch.token_types),
             use_cache=False,
         )
-    return output.logits.numpy()
+    smallest = np.full(batch.tokens.size, np.inf) if margins.smallest is None else margins.smallest.numpy()
+    return output.logits.numpy(), smallest.reshape(batch.tokens.shape).astype(np.float32)
 
 
 def main() -> None:
@@ -38,9 +61,9 @@ def main() -> None:
     parser.add_argument("batch", type=Path)
     parser.add_argument("output", type=Path)
     arguments = parser.parse_args()
-    logits = compute_logits(arguments.folder, LogitBatch.load(arguments.batch))
+    logits, margins = compute_logits(arguments.folder, LogitBatch.load(arguments.batch))
     with replacing(arguments.output) as file:
-        np.save(file, logits)
+        np.savez(file, logits=logits, margins=margins)
 
 
 if __name__ == "__main__":

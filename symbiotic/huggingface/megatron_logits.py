@@ -2,7 +2,7 @@
 
     python -m symbiotic.huggingface.megatron_logits CHECKPOINT BATCH OUTPUT [--config FILE] [--vocabulary FILE]
 
-BATCH is a ``LogitBatch`` file; OUTPUT becomes a ``.npy`` of float32 logits [rows, s, vocabulary].
+BATCH is a ``LogitBatch`` file; OUTPUT becomes a ``.npz`` with ``logits``, float32 [rows, s, vocabulary].
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def main() -> None:
     source = open_source(arguments.checkpoint, config=arguments.config, vocabulary=arguments.vocabulary)
     logits = compute_logits(source, LogitBatch.load(arguments.batch))
     with replacing(arguments.output) as file:
-        np.save(file, logits)
+        np.savez(file, logits=logits)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Load-balancing loss inside each expert group (method.md section 4).
+"""Auxiliary losses of the routers: load balance inside each expert group, orthogonality (method.md sections 4, 7).
 
 For group g with E_g experts and T_g tokens, k experts a token, in Megatron's norm
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
 
@@ -28,6 +29,9 @@ KINDS = {
     "global_aux_loss": "global_load_balancing_loss",
 }
 """Megatron's ``moe_router_load_balancing_type`` -> the metric's name, to which ``.<group>`` is added."""
+
+ORTHOGONALITY = "router_orthogonality"
+"""The metric's name, to which ``.<router>`` is added."""
 
 
 @dataclass(frozen=True)
@@ -105,3 +109,15 @@ def sequence_losses(
     parts = BalanceInputs(scores, choices, slots_of_part, inputs.topk)
     losses = microbatch_losses(parts, group=group, coefficient=coefficient)
     return [torch.stack(losses[start : start + batch_size]).sum() / batch_size for start in range(0, len(losses), batch_size)]
+
+
+def orthogonality_loss(weight: Tensor) -> Tensor:
+    """mean((W W^T - I)^2) of a router's weight [experts, H] with its rows scaled to norm 1 (ERNIE-4.5-VL).
+
+    Zero when every expert is looked for in a direction of its own.
+
+    Returns:
+        float32 scalar.
+    """
+    rows = F.normalize(weight.float(), dim=-1)
+    return torch.square(rows @ rows.T - torch.eye(len(rows), device=rows.device)).mean()

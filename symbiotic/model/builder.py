@@ -21,13 +21,17 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from symbiotic.model.attention import GroupedSelfAttention
 from symbiotic.model.backends.torch import TorchBackend
+from symbiotic.model.layers import AttentionLayer, DenseLayer, GroupedMoETransformerLayer
 from symbiotic.model.model import SymbioticModel, SymbioticStack, VocabularyParts
-from symbiotic.model.moe_layer import GroupedMoELayer, GroupedMoETransformerLayer, MoEPlan
+from symbiotic.model.moe_layer import GroupedMoELayer
 from symbiotic.model.output_layer import TwoPartOutputLayer
+from symbiotic.model.own_parts import OwnParts
+from symbiotic.model.plan import ModelPlan
 
 
-def stack_spec(config: TransformerConfig, backend: TorchBackend, plan: MoEPlan) -> ModuleSpec:
+def stack_spec(config: TransformerConfig, backend: TorchBackend, plan: ModelPlan) -> ModuleSpec:
     """HybridModel's stack: attention, dense MLP and MoE layers, each with its own norm before it."""
     norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
     qk_norm = backend.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
@@ -36,9 +40,10 @@ def stack_spec(config: TransformerConfig, backend: TorchBackend, plan: MoEPlan) 
         linear_fc2=backend.row_parallel_linear(),
         activation_func=backend.activation_func(),
     )
+    typed = needs_typed_attention(config, plan)
     attention = ModuleSpec(
-        module=SelfAttention,
-        params={"attn_mask_type": AttnMaskType.causal},
+        module=GroupedSelfAttention if typed else SelfAttention,
+        params={"attn_mask_type": AttnMaskType.causal} | ({"plan": plan} if typed else {}),
         submodules=SelfAttentionSubmodules(
             linear_qkv=backend.column_parallel_linear(),
             core_attention=backend.core_attention(),
@@ -57,13 +62,15 @@ def stack_spec(config: TransformerConfig, backend: TorchBackend, plan: MoEPlan) 
     )
     layers = HybridStackSubmodules(
         attention_layer=ModuleSpec(
-            module=TransformerLayer,
+            module=AttentionLayer,
+            params={"plan": plan},
             submodules=TransformerLayerSubmodules(
                 input_layernorm=norm, self_attention=attention, self_attn_bda=get_bias_dropout_add
             ),
         ),
         mlp_layer=ModuleSpec(
-            module=MLPLayer,
+            module=DenseLayer,
+            params={"plan": plan},
             submodules=TransformerLayerSubmodules(
                 pre_mlp_layernorm=norm,
                 mlp=partial(MLP.as_mlp_submodule, submodules=mlp, ffn_hidden_size=config.ffn_hidden_size),
@@ -72,16 +79,23 @@ def stack_spec(config: TransformerConfig, backend: TorchBackend, plan: MoEPlan) 
         ),
         moe_layer=ModuleSpec(
             module=GroupedMoETransformerLayer,
+            params={"plan": plan},
             submodules=TransformerLayerSubmodules(pre_mlp_layernorm=norm, mlp=moe, mlp_bda=get_bias_dropout_add),
         ),
     )
-    return ModuleSpec(module=SymbioticStack, submodules=layers, params={"final_norm": norm})
+    return ModuleSpec(module=SymbioticStack, submodules=layers, params={"final_norm": norm, "plan": plan})
+
+
+def needs_typed_attention(config: TransformerConfig, plan: ModelPlan) -> bool:
+    """Whether something inside attention depends on the token type of a row; else the stock module does."""
+    by_type = plan.owners("norm") or "norm" in plan.shield
+    return bool(plan.owners("attention") or (config.qk_layernorm and by_type))
 
 
 def build_model(
     *,
     config: TransformerConfig,
-    plan: MoEPlan,
+    plan: ModelPlan,
     backend: TorchBackend,
     layer_pattern: str,
     vocabulary: VocabularyParts,
@@ -96,7 +110,7 @@ def build_model(
 ) -> SymbioticModel:
     """Build one pipeline chunk and give every parameter its role.
 
-    Args: see ``SymbioticModel``; ``plan`` holds routing and partition.
+    Args: see ``SymbioticModel``.
 
     Raises:
         AssertionError: a parameter would have no role, which is a defect of ours.
@@ -106,6 +120,7 @@ def build_model(
     model = SymbioticModel(
         config,
         stack_spec=stack_spec(config, backend, plan),
+        plan=plan,
         layer_pattern=layer_pattern,
         vocabulary=vocabulary,
         backend=backend,
@@ -157,6 +172,9 @@ def _roles_of_module(module: torch.nn.Module) -> Iterable[tuple[str, Iterable[to
         for norm in (module.q_layernorm, module.k_layernorm):
             if norm is not None:
                 yield "norm", norm.parameters()
+    elif isinstance(module, OwnParts):
+        for role, part in module.roles():
+            yield role, part.parameters()
     elif isinstance(module, TwoPartOutputLayer):
         yield "head", module.text.parameters()
         yield "generation_head", module.image.parameters()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from symbiotic.config import Config
 from symbiotic.config.layout import layer_pattern, pipeline_pattern
+from symbiotic.config.roles import owners
 from symbiotic.model.backends import backend_by_name
 from symbiotic.model.builder import build_model
 from symbiotic.model.model import SymbioticModel, VocabularyParts
-from symbiotic.model.moe_layer import MoEPlan
 from symbiotic.model.partition import ExpertPartition, at_random, by_index
+from symbiotic.model.plan import ModelPlan
 from symbiotic.model.routing import RoutingTable
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
@@ -39,6 +42,19 @@ def routing_from_config(config: Config) -> RoutingTable:
     return RoutingTable.build(list(config.groups), routers)
 
 
+def plan_from_config(config: Config, partition: ExpertPartition) -> ModelPlan:
+    """Everything that depends on token types and groups."""
+    targets = {item.name: getattr(config.shield.targets, item.name) for item in fields(config.shield.targets)}
+    return ModelPlan(
+        routing=routing_from_config(config),
+        partition=partition,
+        balance_norm=config.balance.norm,
+        orthogonality=config.balance.orthogonality,
+        shield={target: mode for target, mode in targets.items() if mode is not None},
+        own={part: tuple(owners(config, part)) for part in ("attention", "norm", "mlp")},
+    )
+
+
 def model_from_config(
     config: Config,
     *,
@@ -64,9 +80,7 @@ def model_from_config(
     """
     return build_model(
         config=transformer,
-        plan=MoEPlan(
-            routing_from_config(config), partition, norm=config.balance.norm, shield_mode=config.shield.mode
-        ),
+        plan=plan_from_config(config, partition),
         backend=backend_by_name(backend),
         layer_pattern=pipeline_pattern(config),
         vocabulary=VocabularyParts(vocabulary.text_part, vocabulary.image_part, vocabulary.used_mask()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,10 +14,15 @@ from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_para
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor
 
 from symbiotic.model.backends.torch import TorchBackend
+from symbiotic.model.layers import TypedNorms, build_norm
 from symbiotic.model.output_layer import TwoPartOutputLayer
+from symbiotic.model.own_parts import OwnParts
+from symbiotic.model.plan import ModelPlan
+from symbiotic.model.shield import GradientShield
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,11 @@ class VocabularyParts:
         return self.text_part + self.image_part
 
 
-class SymbioticStack(HybridStack):
-    """HybridStack whose last norm comes from the layer backend (upstream hard-codes Transformer Engine's)."""
+class SymbioticStack(TypedNorms, HybridStack):
+    """HybridStack whose last norm comes from the layer backend and knows token types.
+
+    Upstream hard-codes Transformer Engine's norm and hands it the rows alone.
+    """
 
     def __init__(
         self,
@@ -48,15 +57,32 @@ class SymbioticStack(HybridStack):
         submodules: HybridStackSubmodules,
         *,
         final_norm: type,
+        plan: ModelPlan,
         post_process: bool = True,
         **kwargs: object,
     ) -> None:
         super().__init__(config, submodules, post_process=post_process, post_layer_norm=False, **kwargs)
+        self.norm_shield = GradientShield.of(plan, "norm")
         if post_process:
-            self.post_layer_norm = True
-            self.final_norm = final_norm(
-                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
-            )
+            build = partial(build_norm, final_norm, config)
+            self.final_norm = build()
+            self.own = OwnParts(config, plan, {"norm": lambda: {"final_norm": build()}})
+
+    def forward(self, hidden_states: Tensor, *args: object, padding_mask: Tensor, **kwargs: object) -> Tensor:
+        """Run the layers of this stage, then the last norm.
+
+        Args:
+            hidden_states: [s, b, h]; ignored on later stages, which have theirs from the stage before.
+            padding_mask: int8 token types [b, s] of the same rows.
+
+        Returns:
+            [s, b, h].
+        """
+        hidden_states = super().forward(hidden_states, *args, padding_mask=padding_mask, **kwargs)
+        if not self.post_process:
+            return hidden_states
+        hidden_states = self.normed("final_norm", hidden_states, padding_mask.transpose(0, 1))
+        return make_viewless_tensor(hidden_states, hidden_states.requires_grad, keep_graph=True)
 
 
 class SymbioticModel(HybridModel):
@@ -65,6 +91,7 @@ class SymbioticModel(HybridModel):
     Args:
         config: Megatron's configuration.
         stack_spec: the layers, see ``builder.stack_spec``.
+        plan: what depends on token types and expert groups.
         layer_pattern: HybridModel's pattern with its pipeline cuts.
         vocabulary: sizes of the two parts.
         backend: layer backend; decides how documents are masked.
@@ -80,6 +107,7 @@ class SymbioticModel(HybridModel):
         config: TransformerConfig,
         *,
         stack_spec: ModuleSpec,
+        plan: ModelPlan,
         layer_pattern: str,
         vocabulary: VocabularyParts,
         backend: TorchBackend,
@@ -109,6 +137,7 @@ class SymbioticModel(HybridModel):
         )
         self.vocabulary = vocabulary
         self.backend = backend
+        self.embedding_shield = GradientShield.of(plan, "embedding")
         if post_process and not tie_embeddings:
             self.output_layer = TwoPartOutputLayer(
                 config,
@@ -167,17 +196,31 @@ class SymbioticModel(HybridModel):
             labels = None if labels is None else labels.reshape(1, -1)
         if labels is not None and self.post_process and not self.share_embeddings_and_output_weights:
             labels = self.output_layer.local_order(labels)
+        local_types = self.sequence_parallel_slice(token_types)
         output = super().forward(
             input_ids=tokens,
             position_ids=None,
             attention_mask=attention_mask,
+            decoder_input=self.embed(tokens, local_types) if self.pre_process else None,
             labels=labels,
             packed_seq_params=packed,
-            padding_mask=self.sequence_parallel_slice(token_types),
+            padding_mask=local_types,
         )
         if not self.post_process:
             return output
         return output.reshape(*shape, *output.shape[2:])
+
+    def embed(self, tokens: Tensor, local_types: Tensor) -> Tensor:
+        """Embeddings [s, b, h] of this rank's slice, under the shield.
+
+        Args:
+            tokens: int64 [b, s], the whole sequence.
+            local_types: int8 [b, s], this rank's slice.
+        """
+        rows = self.embedding(input_ids=tokens, position_ids=None)
+        if self.embedding_shield is None:
+            return rows
+        return self.embedding_shield.scale(rows, local_types.transpose(0, 1))
 
     def whole_logits(self, logits: Tensor) -> Tensor:
         """Logits [b, s, vocabulary / tp] of this rank -> [b, s, vocabulary] in vocabulary order on every rank."""

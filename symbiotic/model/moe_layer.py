@@ -14,9 +14,8 @@ recompute and interleaved pipelines always see the types of their own microbatch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Literal
 
 import torch
 from megatron.core import tensor_parallel
@@ -24,37 +23,19 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import MoETransformerLayer, TransformerLayerSubmodules
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
-from symbiotic.model.partition import ExpertPartition
 from symbiotic.model.placement import slot_to_expert
+from symbiotic.model.plan import ModelPlan
 from symbiotic.model.router import GroupRouter, LayerExperts
-from symbiotic.model.routing import RoutingTable
 from symbiotic.model.shield import GradientShield
 
 
-@dataclass(frozen=True)
-class MoEPlan:
-    """What every MoE layer of a model shares.
-
-    Attributes:
-        routing: token type -> router -> group.
-        partition: the group of each logical expert of each MoE block.
-        norm: norm of the balance loss.
-        shield_mode: what the shared experts' gradient shield scales, see ``shield``.
-    """
-
-    routing: RoutingTable
-    partition: ExpertPartition
-    norm: Literal["megatron", "hunyuan"] = "megatron"
-    shield_mode: Literal["output", "weights"] = "output"
-
-    def layer_experts(self, layer_number: int, *, ep_size: int) -> LayerExperts:
-        """Groups and slots of one layer."""
-        groups = self.partition.row(block_of_layer(layer_number))
-        return LayerExperts(self.routing, groups, slot_to_expert(groups, ep_size))
+def layer_experts(plan: ModelPlan, layer_number: int, *, ep_size: int) -> LayerExperts:
+    """Groups and slots of one layer on ``ep_size`` expert-parallel ranks."""
+    groups = plan.partition.row(block_of_layer(layer_number))
+    return LayerExperts(plan.routing, groups, slot_to_expert(groups, ep_size))
 
 
 def block_of_layer(layer_number: int) -> int:
@@ -78,13 +59,15 @@ class GroupedMoELayer(MoELayer):
         config: TransformerConfig,
         submodules: MoESubmodules,
         layer_number: int,
-        plan: MoEPlan,
+        plan: ModelPlan,
         pg_collection: ProcessGroupCollection | None = None,
         is_mtp_layer: bool = False,
         name: str | None = None,
     ) -> None:
-        experts = plan.layer_experts(layer_number, ep_size=get_pg_size(pg_collection.ep))
-        router = partial(GroupRouter, experts=experts, norm=plan.norm)
+        experts = layer_experts(plan, layer_number, ep_size=get_pg_size(pg_collection.ep))
+        router = partial(
+            GroupRouter, experts=experts, balance_norm=plan.balance_norm, orthogonality=plan.orthogonality
+        )
         super().__init__(
             config=config,
             submodules=replace(submodules, router=router),
@@ -95,7 +78,7 @@ class GroupedMoELayer(MoELayer):
         )
         self.block = block_of_layer(layer_number)
         self.slot_to_expert = experts.slot_to_expert.tolist()
-        self.shield = GradientShield(plan.shield_mode)
+        self.shield = GradientShield.of(plan, "shared_expert")
         # Megatron marks routed experts only when EP > 1 or expert TP differs from TP, and then the *structure* of
         # the optimizer state depends on the layout; marked always, a checkpoint loads in any layout.
         for parameter in self.experts.parameters():
@@ -115,10 +98,15 @@ class GroupedMoELayer(MoELayer):
         """Output of the shared expert [s, b, h], its rows' gradient scaled by their type."""
         if not self.use_shared_expert:
             return None
-        compute = partial(self.shield, self.shared_experts)
+        compute = self._shared_experts_under_shield
         if self.shared_experts_recompute:
             return tensor_parallel.checkpoint(compute, False, hidden_states, token_types)
         return compute(hidden_states, token_types)
+
+    def _shared_experts_under_shield(self, hidden_states: Tensor, token_types: Tensor) -> Tensor:
+        if self.shield is None:
+            return self.shared_experts(hidden_states)
+        return self.shield(self.shared_experts, hidden_states, token_types)
 
     def forward(
         self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: Tensor | None = None
@@ -174,17 +162,6 @@ def _under_logical_id(
     offset = list(entry.global_offset)
     offset[axis] = logical[offset[axis]]
     return replace(entry, global_offset=tuple(offset))
-
-
-class GroupedMoETransformerLayer(MoETransformerLayer):
-    """MoETransformerLayer that tells its MoE layer which layer it is while it is built: group sizes, and with them
-    the shapes of the routers, may differ from layer to layer."""
-
-    def __init__(
-        self, config: TransformerConfig, submodules: TransformerLayerSubmodules, layer_number: int = 1, **kwargs: object
-    ) -> None:
-        submodules = replace(submodules, mlp=partial(submodules.mlp, layer_number=layer_number))
-        super().__init__(config=config, submodules=submodules, layer_number=layer_number, **kwargs)
 
 
 def moe_layers(model: torch.nn.Module) -> list[GroupedMoELayer]:

@@ -5,7 +5,7 @@ Life of a batch of rows:
  2. The routers' weights, one Parameter each, are joined in slot order and give logits_NE in one product.
  3. Logits outside a row's group become -inf *before* the score function and top-k, so the group's router gives
     exactly what a joint router gives with the other groups masked (method.md section 3).
- 4. Balance losses are taken inside each group and attached to the probabilities.
+ 4. Balance losses are taken inside each group and attached to the probabilities, z-loss and orthogonality loss too.
  5. With ``moe_router_enable_expert_bias`` a bias per expert shifts the choice (not the weight); it is updated after
     each step from the loads *inside the group* (``update_group_biases``).
 
@@ -23,7 +23,9 @@ from typing import Literal
 import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
     apply_random_logits,
     compute_routing_scores_for_aux_loss,
     router_gating_linear,
@@ -80,7 +82,8 @@ class GroupRouter(TopKRouter):
     Args:
         config: Megatron's configuration; ``moe_router_*`` fields mean what they mean for the stock router.
         experts: the layer's groups, routers and slots.
-        norm: ``megatron`` or ``hunyuan`` (top-k times Megatron's) norm of the balance loss.
+        balance_norm: ``megatron`` or ``hunyuan`` (top-k times Megatron's) norm of the balance loss.
+        orthogonality: coefficient of the orthogonality loss of each router's weight; 0 for none.
         pg_collection: process groups.
         is_mtp_layer: always False: multi-token prediction is refused by the configuration.
     """
@@ -92,11 +95,13 @@ class GroupRouter(TopKRouter):
         is_mtp_layer: bool = False,
         *,
         experts: LayerExperts,
-        norm: Literal["megatron", "hunyuan"] = "megatron",
+        balance_norm: Literal["megatron", "hunyuan"] = "megatron",
+        orthogonality: float = 0.0,
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.experts = experts
-        self.norm_factor = self.topk if norm == "hunyuan" else 1
+        self.norm_factor = self.topk if balance_norm == "hunyuan" else 1
+        self.orthogonality = orthogonality
         self.router_names = experts.routing.routers
         self.usage_mode: Literal["off", "training", "evaluation"] = "off"
         self._register_tables()
@@ -155,10 +160,19 @@ class GroupRouter(TopKRouter):
         return self.group_bias[torch.from_numpy(self.experts.slot_to_expert).to(self.group_bias.device)]
 
     def _split_weight(self) -> None:
-        """Replace the joint weight by one parameter a router, its rows sliced from the joint initialisation."""
+        """Replace the joint weight by one parameter a router, its rows sliced from the joint initialisation.
+
+        Of several routers over one group the later ones get an initialisation of their own: equal ones would choose
+        alike.
+        """
         joint = self.weight.data  # rows in logical order
         del self.weight
+        groups = self.experts.routing.group_of_router
         for index, name in enumerate(self.router_names):
+            if groups[index] in groups[:index]:
+                fresh = torch.empty_like(joint, dtype=torch.float32)
+                self.config.init_method(fresh)
+                joint = fresh.to(joint.dtype)
             rows = torch.from_numpy(self.experts.experts_of_router(index))
             self.add_module(
                 name, RouterGate(joint[rows].clone(), sequence_parallel=self.config.sequence_parallel)
@@ -218,12 +232,60 @@ class GroupRouter(TopKRouter):
         padding_N = (token_types == TokenType.PADDING).reshape(-1)
         logits_NE = self.apply_z_loss(logits_NE, padding_mask=padding_N)
         probs_NE, map_NE = self.choose(logits_NE)
-        if self.training and torch.is_grad_enabled() and self.is_aux_loss_enabled():
-            probs_NE = self.attach_balance_losses(probs_NE, logits_NE, padding_N, batch_size=input.shape[1])
-        if self.group_load is not None and self.training and torch.is_grad_enabled():
-            self.group_load += (map_NE & ~padding_N.unsqueeze(1)).sum(dim=0)
+        # In the recomputed pass only, where layers are recomputed: the first pass has no graph to attach to.
+        if self.training and torch.is_grad_enabled():
+            if self.is_aux_loss_enabled():
+                probs_NE = self.attach_balance_losses(probs_NE, logits_NE, padding_N, batch_size=input.shape[1])
+            if self.orthogonality:
+                probs_NE = self.attach_orthogonality_losses(probs_NE)
+            if self.group_load is not None:
+                self.group_load += (map_NE & ~padding_N.unsqueeze(1)).sum(dim=0)
         self.count_usage(map_NE, token_types)
         return probs_NE, map_NE
+
+    def apply_input_jitter(self, input: Tensor) -> Tensor:
+        """Multiply every input by uniform noise around 1, in training only (the stock router also does in evaluation)."""
+        return super().apply_input_jitter(input) if self.training else input
+
+    def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """Attach the mean of squared log-sum-exp over the microbatch's rows, padding left out (ST-MoE).
+
+        The stock router takes the mean over each rank's rows and then over the ranks, which depends on the layout
+        when padding is spread unevenly; here the rows of all ranks are counted first.
+
+        Args:
+            logits: [N, E], -inf outside a row's group.
+            padding_mask: bool [N], True in padding rows.
+        """
+        coefficient = self.config.moe_z_loss_coeff
+        if not coefficient or not (self.training and torch.is_grad_enabled()):
+            return logits
+        valid = ~padding_mask
+        count = valid.sum()
+        if self.tp_cp_group.size() > 1:
+            torch.distributed.all_reduce(count, group=self.tp_cp_group)
+        squares = torch.square(torch.logsumexp(logits, dim=-1)) * valid
+        loss = squares.sum() / torch.clamp(count, min=1.0) * coefficient
+        self._record("z_loss", loss / coefficient, reduce_group=self.tp_cp_group)
+        return MoEAuxLossAutoScaler.apply(logits, loss)
+
+    def attach_orthogonality_losses(self, probs_NE: Tensor) -> Tensor:
+        """Attach every router's orthogonality loss, and record it for the log.
+
+        The weights are the same on all ranks, whose gradients of them are summed over tensor and context parallelism
+        and averaged over data parallelism; so each rank takes its share.
+        """
+        total = torch.zeros((), device=probs_NE.device)
+        for name, weight in self.gates.items():
+            loss = balance.orthogonality_loss(weight)
+            self._record(f"{balance.ORTHOGONALITY}.{name}", loss, avg_group=self.tp_cp_group)
+            total = total + loss
+        return MoEAuxLossAutoScaler.apply(probs_NE, total * (self.orthogonality / self.tp_cp_group.size()))
+
+    def _record(self, name: str, value: Tensor, **reduction: torch.distributed.ProcessGroup) -> None:
+        get_moe_metrics_tracker().record(
+            name, value, self.layer_number, self.config.num_layers, needs_dp_avg=True, **reduction
+        )
 
     def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
         """Top-k choice and weights; with several routers the indices are taken on the masked scores first, so

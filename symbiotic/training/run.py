@@ -27,10 +27,10 @@ def train(config: Config) -> Verdict:
     folder = Path(config.run.folder)
     trainer, rank = None, read_place(os.environ).rank
     try:
-        _start(config)
         if rank == 0:
             (folder / EXIT_FILE).unlink(missing_ok=True)
-        # Building imports what needs the process groups' device to be decided.
+        _start(config)
+        # Imports megatron-core, so only now that the device is decided.
         from symbiotic.training.build import build_trainer
 
         trainer = build_trainer(config)

@@ -38,7 +38,9 @@ def write_log(folder, classes, stages, *, steps=60):
     folder.mkdir(parents=True)
     generator, stage, events = np.random.default_rng(0), "", []
     for step in range(1, steps + 1):
-        stage = stages.get(step - 1, stage)
+        if step - 1 in stages:
+            stage = stages[step - 1]
+            events.append({"event": "stage", "step": step - 1, "stage": stage, "first_step": step - 1})
         losses = {name: 6.0 / (1 + 0.05 * step) + float(generator.normal(0, 0.1)) for name in classes}
         events.append({"event": "step", "step": step, "stage": stage, "loss": losses, "tokens_per_second": 1000.0})
         if step % 20 == 0:

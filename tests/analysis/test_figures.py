@@ -14,8 +14,8 @@ def log(name="generation"):
     return RunLog(
         name=name,
         loss={"text": [(step, 5.0 - 0.01 * step) for step in range(1, 200)], "generation": [(9, 4.0)]},
-        held_out={"text": [(50, 4.6), (100, 4.2)]},
-        stages=[(1, "warm-up"), (60, "release")],
+        held_out={("text", "prose"): [(50, 4.6), (100, 4.2)], ("text", "digits"): [(50, 3.0)]},
+        stages=[(0, "warm-up"), (60, "release")],
     )
 
 

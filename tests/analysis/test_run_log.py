@@ -19,21 +19,24 @@ def step(number, stage, text, generation=None):
 
 def test_curves_stages_and_held_out_losses():
     events = [
-        {"event": "stage", "step": 1, "stage": "warm-up"},
+        {"event": "stage", "step": 0, "stage": "warm-up", "first_step": 0},
         step(1, "warm-up", 5.0),
         step(2, "warm-up", 4.0, 6.0),
-        {
-            "event": "evaluation",
-            "step": 2,
-            "loss": {"a": {"text": 4.0, "generation": None}, "b": {"text": 2.0}},
-        },
+        {"event": "evaluation", "step": 2, "loss": {"a": {"text": 4.0, "generation": None}, "b": {"text": 2.0}}},
+        {"event": "stage", "step": 2, "stage": "release", "first_step": 2},
         step(3, "release", 3.0, 5.0),
     ]
     log = collect(events, name="x")
     assert log.loss == {"text": [(1, 5.0), (2, 4.0), (3, 3.0)], "generation": [(2, 6.0), (3, 5.0)]}
-    assert log.held_out == {"text": [(2, 3.0)]}
-    assert log.stages == [(1, "warm-up"), (3, "release")]
+    assert log.held_out == {("text", "a"): [(2, 4.0)], ("text", "b"): [(2, 2.0)]}
+    assert log.stages == [(0, "warm-up"), (2, "release")]
     assert log.tokens_per_second == 200.0
+
+
+def test_a_stage_that_is_announced_again_after_a_resume_began_once():
+    stage = {"event": "stage", "step": 0, "stage": "release", "first_step": 0}
+    log = collect([stage, step(1, "release", 5.0), stage | {"step": 1}, step(2, "release", 4.0)], name="x")
+    assert log.stages == [(0, "release")]
 
 
 def test_after_a_resume_the_later_entry_of_a_step_counts():

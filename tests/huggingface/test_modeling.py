@@ -176,6 +176,20 @@ def test_gradients_reach_the_chosen_group_only(implementation: str) -> None:
             assert layer.mlp.experts[expert].gate_proj.weight.grad is None
 
 
+def test_bfloat16_stays_near_float32() -> None:
+    """Router and norms compute in float32, the rest in bfloat16; wrong casts would fail or drift far."""
+    config = small_config(shared_expert_gate=True, use_qk_norm=True)
+    weights = random_weights(config)
+    ids, types = random_row(23, seed=6)
+    with torch.inference_mode():
+        exact = build(config, weights)(input_ids=ids[None], token_type_ids=types[None]).logits
+        rounded = build(config, weights).bfloat16()(input_ids=ids[None], token_type_ids=types[None]).logits
+    assert rounded.dtype == torch.bfloat16
+    mask = used(config.vocab_size)
+    difference = (rounded[..., mask].float() - exact[..., mask]).abs().mean()
+    assert difference / exact[..., mask].std() < 0.05
+
+
 def test_tables_that_do_not_fit_are_refused() -> None:
     groups = {"understanding": [[0, 1, 2, 4]] * 3, "generation": [[3, 5, 6]] * 3}
     with pytest.raises(ValueError, match="layer 0 don't hold each expert exactly once"):

@@ -80,7 +80,7 @@ def compare(run: Path, exported: Path, corpus: Corpus) -> LogitComparison:
         tokens=batch.tokens,
         token_types=batch.token_types,
     )
-    found = compute_logits(exported, batch)
+    found, _ = compute_logits(exported, batch)
     used = corpus.vocabulary.used_mask()
     assert np.isneginf(expected[..., ~used]).all() and np.isneginf(found[..., ~used]).all()
     rows = compare_logits(expected, found, batch=batch, used=used)

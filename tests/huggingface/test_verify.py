@@ -6,13 +6,17 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from symbiotic.data.shards import DocumentRecord, ShardWriter
 from symbiotic.errors import CheckpointError
+from symbiotic.huggingface.exported_logits import RoutingMargins
 from symbiotic.huggingface.logit_batch import LogitBatch, TokenRow, random_rows, shard_rows
-from symbiotic.huggingface.verify import VerifyReport, compare_logits
+from symbiotic.huggingface.verify import VerifyReport, behind_ties, compare_logits
 from symbiotic.tokens.types import TokenType, mode_byte
 from tests.huggingface.checkpoints import Corpus
+from tests.huggingface.reference import random_row, small_config
+from tests.huggingface.test_modeling import build, random_weights
 
 BATCH = LogitBatch(
     tokens=np.array([[1, 2, 3, 0], [4, 5, 6, 7]]),
@@ -52,6 +56,40 @@ def test_padding_and_unused_ids_are_left_out() -> None:
     found[0, 3] = 99.0
     found[..., 3] = 7.0
     assert compare_logits(logits(2), found, batch=BATCH, used=USED)[0].max_over_std == 0.0
+
+
+def test_tokens_behind_a_routing_tie_are_left_out() -> None:
+    margins = np.full((2, 4), 0.3, dtype=np.float32)
+    margins[1, 2] = 1e-7
+    tied = behind_ties(margins)
+    assert tied.tolist() == [[False] * 4, [False, False, True, True]]
+    found = logits(3)
+    found[1, 2:] += 5.0
+    rows = compare_logits(logits(3), found, batch=BATCH, used=USED, left_out=tied)
+    assert rows[0].max_over_std == 0.0 and rows[0].num_tokens == 5
+    found[0, 0, 0] += 5.0
+    assert compare_logits(logits(3), found, batch=BATCH, used=USED, left_out=tied)[0].max_over_std > 1
+    with pytest.raises(CheckpointError, match="no token is left"):
+        compare_logits(found, found, batch=BATCH, used=USED, left_out=np.ones_like(tied))
+
+
+def test_margin_is_the_gap_to_the_first_rejected_expert() -> None:
+    config = small_config()
+    model = build(config, random_weights(config))
+    margins = RoutingMargins(model)
+    ids, types = random_row(12, seed=9)
+    captured = []
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0][0]))
+    with torch.no_grad():
+        model(input_ids=ids[None], token_type_ids=types[None])
+    for place, token_type in enumerate(types.tolist()):
+        gaps = []
+        for layer, hidden in zip(model.model.layers, captured, strict=True):
+            gate = layer.mlp.routers[config.router_of_token_type[token_type]].weight
+            ordered = sorted((gate.detach() @ hidden[place]).tolist(), reverse=True)
+            gaps.append(ordered[1] - ordered[2])
+        assert float(margins.smallest[place]) == pytest.approx(min(gaps), abs=1e-5)
 
 
 def test_what_cannot_be_compared_is_refused() -> None:

@@ -17,7 +17,7 @@ from symbiotic.tokens.types import TokenType
 from tests.model.tiny import tiny_config, two_routers
 
 
-def make_router(config, *, groups: dict[str, int], seed: int | None = None, ep_size: int = 1, norm: str = "megatron"):
+def make_router(config, *, groups: dict[str, int], seed: int | None = None, ep_size: int = 1, **options):
     """A GroupRouter over a (random) partition, with seeded weights."""
     partition = by_index(groups, [0]) if seed is None else at_random(groups, [0], seed=seed)
     row = partition.row(0)
@@ -26,7 +26,7 @@ def make_router(config, *, groups: dict[str, int], seed: int | None = None, ep_s
     )
     torch.manual_seed(1)
     router = GroupRouter(
-        config, ProcessGroupCollection.use_mpu_process_groups(), experts=experts, norm=norm
+        config, ProcessGroupCollection.use_mpu_process_groups(), experts=experts, **options
     )
     router.set_layer_number(1)
     return router
@@ -143,7 +143,7 @@ def balance_against_formula(*, kind: str, sizes: dict[str, int], types: tuple[in
         moe_aux_loss_coeff=coefficient,
     )
     get_moe_metrics_tracker().metrics.clear()
-    router = make_router(config, groups=sizes, seed=seed, norm=norm)
+    router = make_router(config, groups=sizes, seed=seed, balance_norm=norm)
     states, token_types = rows(seed=seed, types=types)
     probs, _ = router(states, token_types)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))

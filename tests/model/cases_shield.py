@@ -19,7 +19,7 @@ def factors(value: float) -> list[float]:
 
 def _layer(*, selective: bool, mode: str):
     overrides = {"recompute_granularity": "selective", "recompute_modules": ["shared_experts"]} if selective else {}
-    model = tiny_model(config=tiny_config(**overrides), plan=tiny_plan(shield_mode=mode))
+    model = tiny_model(config=tiny_config(**overrides), plan=tiny_plan(shield={"shared_expert": mode}))
     model.train()
     return model, moe_layers(model)[0]
 
@@ -57,7 +57,7 @@ def forward_is_untouched(*, mode: str) -> bool:
     """Whether the model's loss is bit-equal with and without a shield."""
     from tests.model.tiny import tiny_batch
 
-    model = tiny_model(config=tiny_config(), plan=tiny_plan(shield_mode=mode))
+    model = tiny_model(config=tiny_config(), plan=tiny_plan(shield={"shared_expert": mode}))
     losses = []
     for value in (1.0, 0.0):
         set_shield_factors([model], factors(value))

@@ -11,8 +11,8 @@ from symbiotic.model.backends import backend_by_name
 from symbiotic.config.pattern import LayerPattern
 from symbiotic.model.builder import build_model
 from symbiotic.model.model import SymbioticModel, VocabularyParts
-from symbiotic.model.moe_layer import MoEPlan
 from symbiotic.model.partition import ExpertPartition, by_index
+from symbiotic.model.plan import ModelPlan
 from symbiotic.model.routing import RoutingTable
 from symbiotic.tokens.types import TokenType
 
@@ -67,19 +67,24 @@ def tiny_config(**overrides: object) -> TransformerConfig:
 
 
 def tiny_plan(
-    *, groups: dict[str, int] = TWO_GROUPS, pattern: str = "*E*E", partition: ExpertPartition | None = None, **plan: object
-) -> MoEPlan:
+    *,
+    groups: dict[str, int] = TWO_GROUPS,
+    routers: dict[str, tuple[list[str], str]] | None = None,
+    pattern: str = "*E*E",
+    partition: ExpertPartition | None = None,
+    **plan: object,
+) -> ModelPlan:
     """Routing and partition of the tiny model."""
     blocks = LayerPattern.parse(pattern.replace("|", "")).moe_blocks
-    return MoEPlan(
-        routing=RoutingTable.build(list(groups), two_routers(groups)),
+    return ModelPlan(
+        routing=RoutingTable.build(list(groups), routers or two_routers(groups)),
         partition=partition or by_index(groups, blocks),
         **plan,
     )
 
 
 def tiny_model(
-    *, config: TransformerConfig, plan: MoEPlan, pattern: str = "*E*E", seed: int = 7, **kwargs: object
+    *, config: TransformerConfig, plan: ModelPlan, pattern: str = "*E*E", seed: int = 7, **kwargs: object
 ) -> SymbioticModel:
     """Build the model on this rank with seeded weights."""
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed

@@ -36,8 +36,8 @@ MODEL = [
     Mutation(
         name="shield-off",
         file="symbiotic/model/moe_layer.py",
-        old="return self.shield(output, token_types)",
-        new="return output",
+        old="compute = partial(self.shield, self.shared_experts)",
+        new="compute = lambda hidden_states, token_types: self.shared_experts(hidden_states)",
         test="tests/model/test_shield.py::test_factor_zero_sends_exactly_nothing[plain]",
         why="generation rows sent their gradient into the shared expert",
     ),
@@ -163,7 +163,8 @@ TRAINING = [
         name="rates-of-two-roles-swapped",
         file="symbiotic/training/optimizer.py",
         old='group["lr"] = rates[group["role"]]',
-        new='group["lr"] = rates[{"expert.generation": "norm", "norm": "expert.generation"}.get(group["role"], group["role"])]',
+        new='swap = {"expert.generation": "norm", "norm": "expert.generation"}; '
+        'group["lr"] = rates[swap.get(group["role"], group["role"])]',
         test="tests/training/test_optimizer.py::test_adam_moves_every_role_by_its_own_rate[False]",
         why="what carries understanding learnt at the high rate",
     ),
@@ -194,7 +195,7 @@ TRAINING = [
     Mutation(
         name="random-state-not-restored",
         file="symbiotic/training/state.py",
-        old='torch.set_rng_state(state["torch"])',
+        old="random.setstate((version, tuple(words.tolist()), gauss))",
         new="pass",
         test="tests/training/test_state.py::test_every_generator_goes_on_where_it_was",
         why="a resumed run drew other random numbers",

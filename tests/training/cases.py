@@ -92,9 +92,7 @@ def frozen_state(file: str, overrides: list[str]) -> dict[str, Any]:
 
         def look(trainer, result):
             groups = [group for group in optimizer.param_groups if group["role"] == "attention"]
-            moments = [
-                state["exp_avg"].abs().max().item() for state in _states(optimizer, role="attention") if state
-            ]
+            moments = [state["exp_avg"].abs().max().item() for state in _states(optimizer, role="attention") if state]
             norm = sum(
                 float(p.main_grad.double().square().sum())
                 for chunk in trainer.chunks
@@ -106,7 +104,9 @@ def frozen_state(file: str, overrides: list[str]) -> dict[str, Any]:
                 {
                     "frozen": result.rates["attention"] == 0.0,
                     "same": all(
-                        torch.equal(now[name], start[name]) for name, role in roles(trainer).items() if role == "attention"
+                        torch.equal(now[name], start[name])
+                        for name, role in roles(trainer).items()
+                        if role == "attention"
                     ),
                     "moment": max(moments),
                     "grad_norm": result.grad_norm,
@@ -256,3 +256,22 @@ def evaluated(file: str, overrides: list[str]) -> dict[str, Any]:
                     kind.name.lower(): sums[kind] / weights[kind] for kind in LossClass if weights[kind] > 0
                 }
         return {"losses": losses, "again": again, "expected": expected, "training": training}
+
+
+def shields_by_step(file: str, overrides: list[str]) -> list[set[float]]:
+    """For every step the factors of generation codes in all shields of the model."""
+    from symbiotic.model.shield import GradientShield
+    from symbiotic.tokens.types import TokenType
+
+    seen = []
+
+    def look(trainer, result):
+        shields = [
+            module for chunk in trainer.chunks for module in chunk.modules() if isinstance(module, GradientShield)
+        ]
+        seen.append({round(float(shield.factors[TokenType.GENERATION_CODE]), 6) for shield in shields})
+
+    with trainer_of(file, overrides) as trainer:
+        trainer.callbacks.append(Watch(look))
+        trainer.fit()
+    return seen

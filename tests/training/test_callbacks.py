@@ -3,6 +3,7 @@
 import json
 import math
 import signal
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -68,7 +69,13 @@ def test_ranks_without_a_folder_write_nothing(trainer):
 
 def test_a_step_on_one_line():
     line = describe(STEP)
-    for words in ("step 40 [release]", "text 2.5000 generation 3.2500", "understanding 1.020", "12,346 tokens/s", "25.0 %"):
+    for words in (
+        "step 40 [release]",
+        "text 2.5000 generation 3.2500",
+        "understanding 1.020",
+        "12,346 tokens/s",
+        "25.0 %",
+    ):
         assert words in line
     assert "% of peak" not in describe({**STEP, "mfu": None})
 
@@ -151,13 +158,18 @@ def test_curves_past_a_resumed_step_are_replaced(tmp_path, trainer):
         board.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert [(point.step, point.value) for point in events.Scalars("training/total_loss")] == [(1, 1), (2, 2), (3, -3), (4, -4)]
+    assert [(point.step, point.value) for point in events.Scalars("training/total_loss")] == [
+        (1, 1),
+        (2, 2),
+        (3, -3),
+        (4, -4),
+    ]
 
 
 def test_wandb_is_asked_for_by_name(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     WeightsAndBiases("project", enabled=False)
-    with pytest.raises(ConfigError, match="logging.wandb='project' needs the package wandb"):
+    with pytest.raises(ConfigError, match=r"logging\.wandb='project' needs the package wandb"):
         WeightsAndBiases("project", enabled=True)
 
 

@@ -17,18 +17,22 @@ def global_batch(rows: int = 8, length: int = 12, *, classes: int = 3, seed: int
     }
 
 
-def formula(batch: dict[str, torch.Tensor], weights=WEIGHTS) -> float:
+def formula(batch: dict[str, torch.Tensor]) -> float:
     """The definition, label by label in Python's floats."""
-    totals, sums = [0.0] * 3, [0.0] * 3
-    for loss, kind, weight in zip(*(batch[key].flatten().tolist() for key in ("losses", "loss_classes", "loss_weights"))):
-        totals[kind] += weight
-        sums[kind] += weight * loss
-    return sum(w * s / t for w, s, t in zip(weights, sums, totals) if t)
+    labels = [batch[key].flatten().tolist() for key in ("losses", "loss_classes", "loss_weights")]
+    result = 0.0
+    for kind, class_weight in enumerate(WEIGHTS):
+        of_class = [(loss, weight) for loss, label_class, weight in zip(*labels, strict=True) if label_class == kind]
+        total = sum(weight for _, weight in of_class)
+        if total:
+            result += class_weight * sum(loss * weight for loss, weight in of_class) / total
+    return result
 
 
 def cut(batch: dict[str, torch.Tensor], rows: int) -> list[dict[str, torch.Tensor]]:
-    pieces = {key: value.split(rows) for key, value in batch.items()}
-    return [dict(zip(pieces, values)) for values in zip(*pieces.values())]
+    """Microbatches of ``rows`` rows."""
+    starts = range(0, len(batch["losses"]), rows)
+    return [{key: value[start : start + rows] for key, value in batch.items()} for start in starts]
 
 
 def as_megatron_sums_it(batch, *, micro_batch_size: int, ranks: int) -> tuple[float, torch.Tensor]:

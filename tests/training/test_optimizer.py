@@ -5,7 +5,12 @@ import pytest
 from tests.support.ranks import run_ranks
 from tests.training.tiny import tiny_file
 
-PLAIN_ADAM = ["OptimizerConfig.weight_decay=0.0", "schedule.warmup_steps=0", "training.evaluation_interval=null", "training.steps=1"]
+PLAIN_ADAM = [
+    "OptimizerConfig.weight_decay=0.0",
+    "schedule.warmup_steps=0",
+    "training.evaluation_interval=null",
+    "training.steps=1",
+]
 
 
 @pytest.mark.parametrize("distributed", [False, True])

@@ -77,9 +77,7 @@ def test_a_torn_shard_is_one_sentence_and_a_failed_verdict(corpus, tmp_path):
 
 def test_a_checkpoint_of_another_model_is_one_sentence(corpus, tmp_path):
     file = tiny_file(corpus, tmp_path / "run")
-    run_ranks(
-        "tests.training.cases:train_run", layout=None, file=str(file), overrides=["training.exit_after_steps=1"]
-    )
+    run_ranks("tests.training.cases:train_run", layout=None, file=str(file), overrides=["training.exit_after_steps=1"])
     assert_one_sentence(start(file, "TransformerConfig.moe_ffn_hidden_size=8"), "step-1", "another model")
 
 
@@ -94,7 +92,11 @@ def test_a_killed_run_goes_on_bit_for_bit(corpus, tmp_path):
     ]
     file = tiny_file(corpus, tmp_path / "run", stages=stages)
     process = subprocess.Popen(
-        command(file, *DROPOUT, "checkpoint.keep=100"), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ
+        command(file, *DROPOUT, "checkpoint.keep=100"),
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ,
     )
     deadline = time.monotonic() + 240
     while max(steps(tmp_path / "run"), default=0) < 6 and time.monotonic() < deadline:

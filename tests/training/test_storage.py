@@ -71,7 +71,7 @@ def test_what_stands_in_the_folder(saved):
     "change, message",
     [
         ("missing", "1 entries of this run are not in it (first: decoder.new)"),
-        ("more ranks", "1 entries of this run are not in it (first: random/shard_2_3)"),
+        ("more ranks", "3 entries of this run are not in it (first: random/shard_0_3)"),
         ("extra", "1 of its tensors are not in this run (first: shared.weight)"),
         ("reshaped", "shared.weight has shape (2,) there and (5,) here"),
     ],

@@ -36,9 +36,10 @@ def test_stop_and_resume_is_bit_for_bit_the_run_that_never_stopped(corpus, tmp_p
     overrides = [*DROPOUT, f"DistributedDataParallelConfig.use_distributed_optimizer={distributed}"]
     _, whole = train(tiny_file(corpus, tmp_path / "whole"), *overrides)
     file = tiny_file(corpus, tmp_path / "parts")
-    # Stops in the middle of the first stage, at a stage boundary + 2, and at the end.
+    # Stops in the middle of the first stage, in the middle of the second, and at the end.
     for expected in (2, 5, 8):
-        verdict, parts = train(file, *overrides, "training.exit_after_steps=3" if expected > 2 else "training.exit_after_steps=2")
+        limit = 2 if expected == 2 else 3
+        verdict, parts = train(file, *overrides, f"training.exit_after_steps={limit}")
         assert verdict.step == expected
     assert verdict.verdict == "finished"
     assert {step: exactly(event) for step, event in steps(parts).items()} == {
@@ -99,6 +100,14 @@ def test_the_loss_does_not_depend_on_the_micro_batch_size(corpus, tmp_path):
     for step, event in logs[0].items():
         assert logs[1][step]["loss"] == pytest.approx(event["loss"], rel=1e-5)
         assert logs[1][step]["grad_norm"] == pytest.approx(event["grad_norm"], rel=1e-4)
+
+
+def test_every_shield_has_the_factor_of_the_stage(corpus, tmp_path):
+    file = tiny_file(corpus, tmp_path / "run")
+    target = "tests.training.cases:shields_by_step"
+    first = run_ranks(target, file=str(file), overrides=["training.exit_after_steps=2"])[0]
+    second = run_ranks(target, file=str(file), overrides=[])[0]
+    assert first + second == [{0.0}] * 3 + [{0.1}] * 5
 
 
 def test_a_signal_stops_at_a_step_boundary_saved(corpus, tmp_path):

@@ -8,8 +8,9 @@ from symbiotic.config.layout import layer_pattern
 from symbiotic.config.megatron_fields import TRANSFORMER, value_of
 from symbiotic.config.messages import did_you_mean, shown
 from symbiotic.config.pattern import LayerPattern
+from symbiotic.config.roles import owners
 from symbiotic.config.routing_defaults import type_names
-from symbiotic.config.schema import Config
+from symbiotic.config.schema import Config, GroupConfig
 
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 """Names of groups and routers: they become parts of parameter names, where a dot separates."""
@@ -225,9 +226,78 @@ def check_expert_bias(config: Config) -> None:
         )
 
 
-def check_shield_mode(config: Config) -> None:
-    """A fused weight gradient bypasses the shield of the weights."""
-    if config.shield.mode == "weights" and value_of(config, "gradient_accumulation_fusion"):
+def check_shield_targets(config: Config) -> None:
+    """The shield's targets are shared parameters whose gradient it can reach."""
+    targets = config.shield.targets
+    for name in ("shared_expert", "norm", "embedding"):
+        if getattr(targets, name) == "weights" and value_of(config, "gradient_accumulation_fusion"):
+            raise config.origin.error(
+                ("shield", "targets", name),
+                "= 'weights' doesn't reach fused weight gradients; remove gradient_accumulation_fusion",
+            )
+    if targets.embedding is not None and config.model.tie_embeddings:
         raise config.origin.error(
-            "shield.mode", "= 'weights' doesn't reach fused weight gradients; remove gradient_accumulation_fusion"
+            ("shield", "targets", "embedding"),
+            "can't protect a tied embedding, which also gets the output layer's gradient; set model.tie_embeddings: "
+            "false or remove the target",
         )
+    for part in ("attention", "norm"):
+        if getattr(targets, part) is not None and owners(config, part):
+            raise config.origin.error(
+                ("shield", "targets", part),
+                f"is given, but group {owners(config, part)[0]!r} has its own {part}, so there is no one module that "
+                "all tokens share; remove one of them",
+            )
+
+
+def check_one_top_k(config: Config) -> None:
+    """Every group chooses the same number of experts."""
+    top_k = value_of(config, "moe_router_topk")
+    for name, group in config.groups.items():
+        if group.topk not in (None, top_k):
+            raise config.origin.error(
+                ("groups", name, "topk"),
+                f"= {group.topk} differs from TransformerConfig.moe_router_topk = {top_k}: the dispatcher moves the "
+                "same number of copies of every token; leave it out",
+            )
+
+
+def check_own_parts(config: Config) -> None:
+    """One group at least uses each shared part, and what own parts start from exists."""
+    for part in ("attention", "norm", "mlp"):
+        names = owners(config, part)
+        if names and len(names) == len(config.groups):
+            raise config.origin.error(
+                ("groups", names[0], "own"),
+                f"names {part}, which every group has for itself then; leave it out of one group, which takes the "
+                "model's",
+            )
+    if owners(config, "mlp") and not layer_pattern(config).dense_blocks:
+        name = owners(config, "mlp")[0]
+        raise config.origin.error(
+            ("groups", name, "own"), "names mlp, but the model has no dense block; remove it: experts are the group's own"
+        )
+    for name, group in config.groups.items():
+        _check_own_start(config, name, group)
+    tensor = value_of(config, "tensor_model_parallel_size")
+    if owners(config, "attention") and (value_of(config, "num_query_groups") or tensor) % tensor:
+        raise config.origin.error(
+            (TRANSFORMER, "num_query_groups"),
+            f"= {value_of(config, 'num_query_groups')} is not a multiple of tensor_model_parallel_size = {tensor}, "
+            f"which group {owners(config, 'attention')[0]!r}'s own attention needs; change one of them",
+        )
+
+
+def _check_own_start(config: Config, name: str, group: GroupConfig) -> None:
+    key = ("groups", name, "own_start")
+    if group.own_start is None or group.own_start == "random":
+        return
+    kind, _, other = group.own_start.partition(":")
+    if kind != "copy_from":
+        raise config.origin.error(key, f"= {group.own_start!r} is neither copy_from:GROUP nor random; change it")
+    if other not in config.groups:
+        raise config.origin.error(
+            key, f"= {group.own_start!r} names no group: {did_you_mean(other, list(config.groups), what='group')}"
+        )
+    if other == name:
+        raise config.origin.error(key, f"= {group.own_start!r} names the group itself; name another group")

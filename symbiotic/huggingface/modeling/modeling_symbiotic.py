@@ -211,6 +211,13 @@ class SymbioticRouter(nn.ModuleDict):
         init.copy_(self.expert_of_column, torch.tensor(experts))
         init.copy_(self.router_of_column, torch.tensor(routers))
 
+    def joint_logits(self, rows: Tensor, router_ids: Tensor) -> Tensor:
+        """Logits [N, C] of rows [N, h] in the router's dtype, -inf outside each row's own router [N]."""
+        dtype = self.dtype or rows.dtype
+        weight = torch.cat([gate.weight for gate in self.values()])
+        logits_NC = nn.functional.linear(rows.to(dtype), weight.to(dtype))
+        return logits_NC.masked_fill(router_ids.unsqueeze(1) != self.router_of_column, float("-inf"))
+
     def forward(self, rows: Tensor, router_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts.
 
@@ -221,11 +228,7 @@ class SymbioticRouter(nn.ModuleDict):
         Returns:
             expert ids [N, K] and their weights [N, K] in the router's dtype.
         """
-        dtype = self.dtype or rows.dtype
-        weight = torch.cat([gate.weight for gate in self.values()])
-        logits_NC = nn.functional.linear(rows.to(dtype), weight.to(dtype))
-        foreign_NC = router_ids.unsqueeze(1) != self.router_of_column
-        logits_NC = logits_NC.masked_fill(foreign_NC, float("-inf"))
+        logits_NC = self.joint_logits(rows, router_ids)
         if self.score_function == "softmax":
             if self.pre_softmax:
                 scores_NC = torch.softmax(logits_NC, dim=-1, dtype=torch.float32)

@@ -21,7 +21,7 @@ class StepMetrics(Callback):
     """Reduces the metrics of every ``interval``-th step over all ranks and logs them.
 
     Losses, balance losses, rates and gradient norm are those of the logged step; times are means over the steps
-    since the last line, without evaluations and checkpoints.
+    since the last line, without evaluations and checkpoints; tokens/s are those of all ranks, padding included.
 
     Args:
         interval: steps between lines.

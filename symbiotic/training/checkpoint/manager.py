@@ -138,6 +138,11 @@ class CheckpointManager:
         self._optimizer.reload_model_params()
 
     def _check_identity(self, folder: Path, saved: Mapping[str, Any]) -> None:
+        if "identity" not in saved:
+            raise CheckpointError(
+                f"{folder} holds weights only, nothing to resume from; name it in checkpoint.load and choose another "
+                "run.folder"
+            )
         before = saved["identity"]
         difference = first_difference(before["stages"], self._identity["stages"])
         if difference:
