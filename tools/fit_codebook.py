@@ -1,6 +1,6 @@
 """Fit a patch codebook, the small image codec, to the images of records.
 
-    python tools/fit_codebook.py --input corpus.jsonl --image-root images/ --codes 64 --stride 2 --output codec/
+python tools/fit_codebook.py --input corpus.jsonl --image-root images/ --codes 64 --stride 2 --output codec/
 """
 
 import argparse
@@ -16,6 +16,7 @@ from symbiotic.tokens.documents import ImageSegment
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSON lines files of records with images")
     parser.add_argument("--image-root", type=Path, help="folder that image paths in records are relative to")
@@ -56,13 +57,15 @@ def images_of(paths: Sequence[Path], *, image_root: Path | None, channels: int) 
 
 @exits_on_user_error
 def main() -> None:
+    """Fit and save the codebook of the command line."""
     arguments = parse_arguments()
     if arguments.codes < 1 or arguments.stride < 1:
-        raise DataError(f"--codes {arguments.codes} and --stride {arguments.stride} aren't possible; give at least 1 for both")
+        raise DataError(f"--codes {arguments.codes} and --stride {arguments.stride} aren't possible; give at least 1")
     images = images_of(arguments.input, image_root=arguments.image_root, channels=arguments.channels)
     codec = PatchCodebook.fit(images, codes=arguments.codes, stride=arguments.stride, seed=arguments.seed)
     codec.save(arguments.output)
-    print(f"{arguments.output}: {codec.codebook_size} codes of {codec.stride}x{codec.stride} pixels, {codec.digest[:12]}")
+    patch = f"{codec.stride}x{codec.stride}"
+    print(f"{arguments.output}: {codec.codebook_size} codes of {patch} pixels, {codec.digest[:12]}")
 
 
 if __name__ == "__main__":

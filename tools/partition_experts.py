@@ -4,7 +4,7 @@
         --calibration text=data/text_calibration understanding=data/understanding_calibration \\
         --groups understanding=12 generation=4 --output runs/digits/split
 
-Writes into the output folder: ``partition.json`` (the table, its hash and the counts it came from), ``usage.png``
+Writes into the output folder: ``partition.json`` (the table, its hash and the counts it came from), ``usage.svg``
 (expert use by block and kind of data) and ``checkpoints/step-0``, the same weights with the router sliced by group.
 Nothing is trained; train from it with ``checkpoint.load``. Start it with torchrun to use several processes.
 """
@@ -22,7 +22,7 @@ from symbiotic.config.routing_defaults import default_routers
 from symbiotic.config.schema import GroupConfig
 from symbiotic.distributed.cpu_device import choose_device, enter_cpu_device
 from symbiotic.errors import CheckpointError, ConfigError, exits_on_user_error
-from symbiotic.files import write_json
+from symbiotic.files import replacing, write_json
 from symbiotic.model.partition import MERGES, ExpertPartition, at_random, by_index, by_measured_use
 from symbiotic.model.routing import RoutingTable
 from symbiotic.tokens.types import TokenType
@@ -61,9 +61,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options; ``NAME=VALUE`` lists become dictionaries."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="a run folder or a checkpoint folder of a model with one group")
+    parser.add_argument("--checkpoint", required=True, help="run or checkpoint folder of a model with one group")
     parser.add_argument("--calibration", nargs="+", default=[], metavar="KIND=PREFIX", help="shards to run over")
-    parser.add_argument("--groups", nargs="+", required=True, metavar="GROUP=EXPERTS", help="the first keeps the most used")
+    parser.add_argument(
+        "--groups", nargs="+", required=True, metavar="GROUP=EXPERTS", help="the first keeps the most used ones"
+    )
     parser.add_argument("--method", choices=("measured", "index", "random"), default="measured")
     parser.add_argument("--merge", choices=MERGES, default="sum", help="how the kinds' counts become one number")
     parser.add_argument("--seed", type=int, default=0, help="of method random")
@@ -74,8 +76,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.groups = pairs(options.groups, option="--groups")
     if options.method == "measured" and not options.calibration:
         raise ConfigError("--calibration is missing: --method measured needs shards to measure on, give KIND=PREFIX")
-    if (options.output / "partition.json").exists():
-        raise ConfigError(f"--output {options.output} holds a partition already; name a new folder or remove it")
+    if options.output.exists() and any(options.output.iterdir()):
+        raise ConfigError(f"--output {options.output} is not empty; name a new folder or remove it")
     return options
 
 
@@ -100,7 +102,8 @@ def config_of(tree: dict | None, checkpoint: Path, *, world_size: int) -> "Confi
         raise CheckpointError(f"{checkpoint} holds no config.yaml: give the checkpoint of a training run")
     if len(tree["groups"]) != 1:
         raise CheckpointError(
-            f"{checkpoint} has the groups {', '.join(tree['groups'])} already; split the checkpoint of a model with one group"
+            f"{checkpoint} has the groups {', '.join(tree['groups'])} already; "
+            "split the checkpoint of a model with one group"
         )
     layout = {name: 1 for name in tree["TransformerConfig"] if name.endswith("_parallel_size")}
     tree["TransformerConfig"] |= layout | {"expert_model_parallel_size": world_size, "sequence_parallel": False}
@@ -115,10 +118,14 @@ def group_sizes(groups: dict[str, str], config: "Config") -> dict[str, int]:
     sizes = {}
     for name, value in groups.items():
         if not value.isdigit() or int(value) < topk:
-            raise ConfigError(f"--groups {name}={value}: a group needs a number of at least moe_router_topk={topk} experts")
+            raise ConfigError(
+                f"--groups {name}={value}: a group needs a number of at least moe_router_topk={topk} experts"
+            )
         sizes[name] = int(value)
     if sum(sizes.values()) != config.num_experts:
-        raise ConfigError(f"--groups sum to {sum(sizes.values())} experts, the model has {config.num_experts} in a block")
+        raise ConfigError(
+            f"--groups sum to {sum(sizes.values())} experts, the model has {config.num_experts} in a block"
+        )
     return sizes
 
 
@@ -159,20 +166,7 @@ def write_output(
     checkpoint: Path,
 ) -> None:
     """The split checkpoint first, then the picture, then the table."""
-    from symbiotic.model.split import split_routers
-    from symbiotic.training.checkpoint.weights import open_weights, write_weights
-
-    options.output.mkdir(parents=True, exist_ok=True)
-    weights = open_weights(checkpoint)
-    groups = {name: GroupConfig(experts=partition.experts_of(partition.blocks[0], name).__len__()) for name in partition.groups}
-    routers = default_routers(groups)
-    if routers is None:
-        raise ConfigError(
-            f"--groups {', '.join(groups)}: only the groups understanding and generation have default routers"
-        )
-    routing = RoutingTable.build(
-        list(groups), {name: (router.types, router.group) for name, router in routers.items()}
-    )
+    sizes = {name: len(partition.experts_of(partition.blocks[0], name)) for name in partition.groups}
     provenance = {
         "source": str(checkpoint),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -181,34 +175,69 @@ def write_output(
         "calibration": options.calibration,
         "partition": partition.hash,
     }
-    target = options.output / "checkpoints" / "step-0"
-    target.parent.mkdir(parents=True, exist_ok=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    write_checkpoint(options.output, config, partition, sizes, checkpoint=checkpoint, provenance=provenance)
+    table = partition.to_dict() | {"provenance": provenance}
+    if counts is not None:
+        draw_use(options.output, counts, partition, kinds=list(options.calibration))
+        dimensions = ["kind", "block", "token type", "expert"]
+        table["counts"] = {"kinds": list(options.calibration), "dimensions": dimensions, "values": counts.tolist()}
+    write_json(options.output / "partition.json", table)
+    groups = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    print(f"{options.output}: partition {partition.hash[:12]}, {groups}")
+
+
+def write_checkpoint(
+    output: Path,
+    config: "Config",
+    partition: ExpertPartition,
+    sizes: dict[str, int],
+    *,
+    checkpoint: Path,
+    provenance: dict,
+) -> None:
+    """``output/checkpoints/step-0``: the checkpoint's weights with sliced routers.
+
+    Raises:
+        ConfigError: which token types go to which group can't be guessed from the groups' names.
+    """
+    from symbiotic.model.split import split_routers
+    from symbiotic.training.checkpoint.weights import open_weights, write_weights
+
+    routers = default_routers({name: GroupConfig(experts=size) for name, size in sizes.items()})
+    if routers is None:
+        raise ConfigError(f"--groups {', '.join(sizes)}: routers are known for understanding and generation only")
+    weights = open_weights(checkpoint)
+    tensors = ((key, weights.read(key)) for key in weights.keys())  # noqa: SIM118 (not a mapping)
+    routing = RoutingTable.build(list(sizes), {name: (router.types, router.group) for name, router in routers.items()})
     tree = config.to_dict() | {
-        "groups": {name: {"experts": group.experts} for name, group in groups.items()},
+        "groups": {name: {"experts": size} for name, size in sizes.items()},
         "routers": {name: {"types": list(router.types), "group": router.group} for name, router in routers.items()},
     }
+    (output / "checkpoints").mkdir(exist_ok=True)
     write_weights(
-        target,
-        split_routers(
-            ((key, weights.read(key)) for key in weights.keys()),
-            partition=partition,
-            routing=routing,
-            source=str(checkpoint),
-        ),
+        output / "checkpoints" / "step-0",
+        split_routers(tensors, partition=partition, routing=routing, source=str(checkpoint)),
         common={},
         partition=partition.to_dict(),
         config=tree,
         provenance=provenance,
     )
-    table = partition.to_dict() | {"provenance": provenance}
-    if counts is not None:
-        table["counts"] = {
-            "kinds": list(options.calibration),
-            "dimensions": ["kind", "block", "token type", "expert"],
-            "values": counts.tolist(),
-        }
-    write_json(options.output / "partition.json", table)
-    print(f"{options.output}: partition {partition.hash[:12]}, " + ", ".join(f"{name} {size.experts}" for name, size in groups.items()))
+
+
+def draw_use(output: Path, counts: "np.ndarray", partition: ExpertPartition, *, kinds: Sequence[str]) -> None:
+    """``output/usage.svg``: a panel for each kind of data, the second group's experts framed."""
+    from symbiotic.analysis.expert_use import ExpertUse
+    from symbiotic.analysis.figures import expert_use_maps
+
+    groups = tuple(tuple(partition.groups[index] for index in row) for row in partition.assignment)
+    use = counts.copy()
+    use[:, :, TokenType.PADDING] = 0
+    panels = [
+        (kind, ExpertUse(kind_counts, partition.blocks, groups)) for kind, kind_counts in zip(kinds, use, strict=True)
+    ]
+    with replacing(output / "usage.svg") as file:
+        file.write(expert_use_maps(panels).data)
 
 
 if __name__ == "__main__":

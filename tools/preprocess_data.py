@@ -70,6 +70,7 @@ class ProgressDisplay(AbstractContextManager):
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSON lines files, in the shard's order")
     parser.add_argument("--output", type=Path, required=True, help="prefix of the shard's files")
@@ -84,6 +85,7 @@ def parse_arguments() -> argparse.Namespace:
 
 @exits_on_user_error
 def main() -> None:
+    """Preprocess as the command line says."""
     arguments = parse_arguments()
     files = EncoderFiles(
         vocabulary=arguments.vocabulary,

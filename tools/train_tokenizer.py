@@ -18,6 +18,7 @@ from symbiotic.tokens.vocabulary import DEFAULT_MULTIPLE, VocabularyLayout
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSON lines files of records")
     parser.add_argument("--size", type=int, required=True, help="number of pieces, byte pieces included")
@@ -25,12 +26,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=Path, help="vocabulary layout (JSON) to write as well")
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--codec", type=Path, help="folder of the image codec, which gives the codebook size")
-    images.add_argument("--codebook-size", type=int, help="number of image codes (default 0: a vocabulary without images)")
-    parser.add_argument(
-        "--resolution", action="append", default=[], metavar="ROWSxCOLUMNS", help="codes of an image; once for each size"
+    images.add_argument(
+        "--codebook-size", type=int, help="number of image codes (default 0: a vocabulary without images)"
     )
     parser.add_argument(
-        "--multiple", type=int, default=DEFAULT_MULTIPLE, help=f"both parts are padded to it (default {DEFAULT_MULTIPLE})"
+        "--resolution",
+        action="append",
+        default=[],
+        metavar="ROWSxCOLUMNS",
+        help="codes of an image; once for each size",
+    )
+    parser.add_argument(
+        "--multiple",
+        type=int,
+        default=DEFAULT_MULTIPLE,
+        help=f"both parts are padded to it (default {DEFAULT_MULTIPLE})",
     )
     return parser.parse_args()
 
@@ -57,6 +67,7 @@ def parse_resolution(text: str) -> tuple[int, int]:
 
 @exits_on_user_error
 def main() -> None:
+    """Train the tokenizer of the command line and lay out its vocabulary."""
     arguments = parse_arguments()
     resolutions = [parse_resolution(text) for text in arguments.resolution]
     codebook_size = load_codec(arguments.codec).codebook_size if arguments.codec else arguments.codebook_size or 0
@@ -79,7 +90,9 @@ def main() -> None:
         )
         arguments.vocabulary.parent.mkdir(parents=True, exist_ok=True)
         layout.save(arguments.vocabulary)
-        print(f"{arguments.vocabulary}: {layout.size} ids ({layout.text_part} text part, {layout.image_part} image part)")
+        print(
+            f"{arguments.vocabulary}: {layout.size} ids ({layout.text_part} text part, {layout.image_part} image part)"
+        )
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ Three kinds of records, each in its own files, so that a run can weigh them:
 
 Splits are honest. Digits are cut in file order, since neighbours come from the same writer; the prose of the last
 topics is held out; so are words, and letter pairs that no training image shows. `calibration` is training data
-kept aside for measuring expert use. Images to be *read* are augmented (a shift by a pixel, noise of a grey level); images to be
-drawn stay as they are, or the model would learn to draw the augmentation.
+kept aside for measuring expert use. Images to be *read* are augmented (a shift by a pixel, noise of a grey level);
+images to be drawn stay as they are, or the model would learn to draw the augmentation.
 """
 
 import argparse
@@ -35,7 +35,7 @@ CORPUS_VERSION = 1
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 SPLITS = ("train", "calibration", "validation")
-DIGIT_SPLITS = {"train": range(0, 1300), "calibration": range(1300, 1400), "validation": range(1400, 1797)}
+DIGIT_SPLITS = {"train": range(1300), "calibration": range(1300, 1400), "validation": range(1400, 1797)}
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 GREY_LEVELS = 16
 """The digits' pixels go from 0 to this."""
@@ -170,7 +170,7 @@ def letter_pairs(word: str) -> set[str]:
 
 
 def prose_topics() -> dict[str, dict[str, str]]:
-    """Topics of Python's reference documentation by split: the last tenth validates, a twentieth before it calibrates."""
+    """Topics of the reference documentation by split: the last tenth validates, a twentieth before it calibrates."""
     from pydoc_data import topics
 
     names = list(topics.topics)
@@ -203,10 +203,12 @@ def common_words() -> list[str]:
 
 
 def text_segment(text: str, **options: bool) -> Segment:
+    """A text segment of the record schema."""
     return {"type": "text", "text": text, **options}
 
 
 def image_segment(pixels: np.ndarray, *, use: str) -> Segment:
+    """An image segment that holds the picture, uint8 [height, width], as a PNG file in base64."""
     data = base64.b64encode(png_bytes(pixels[..., None])).decode("ascii")
     return {"type": "image", "image": f"data:image/png;base64,{data}", "use": use}
 
@@ -417,6 +419,7 @@ def build_corpus(output: Path, *, seed: int = 0, workers: int = 1) -> None:
 
 @exits_on_user_error
 def main() -> None:
+    """Build the corpus of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to fill")
     parser.add_argument("--seed", type=int, default=0, help="of augmentation, word splits and order (default 0)")

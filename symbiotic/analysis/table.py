@@ -26,7 +26,7 @@ def print_rows(rows: Iterable[Row], *, console: Console, title: str) -> None:
         numbers = [format_number(getattr(row, name)) for name in NUMBERS]
         style = "bold red" if row.holds is False else ""
         table.add_row(row.metric, *numbers, row.unit, verdict(row), style=style)
-    # A log file has no width of its own: nothing is shortened there, nor on a narrow terminal.
-    unlimited = console.options.update(max_width=1000)
-    width = Measurement.get(console, unlimited, table).maximum
-    console.print(table, width=width, crop=False, soft_wrap=True, highlight=False)
+    # A log file has no width of its own, and a shortened figure helps nobody: take the room that the table needs.
+    needed = Measurement.get(console, console.options.update(max_width=1000), table).maximum
+    wide = Console(file=console.file, width=max(console.width, needed), highlight=False)
+    wide.print(table)

@@ -110,7 +110,7 @@ class PatchCodebook:
         from the small ones.
 
         Raises:
-            DataError: no image, an image the stride doesn't divide, mixed channels, or fewer distinct patches than codes.
+            DataError: no image, one the stride doesn't divide, mixed channels, or fewer distinct patches than codes.
         """
         from sklearn.cluster import KMeans  # takes a second to import and only fitting needs it
 
@@ -129,7 +129,7 @@ class PatchCodebook:
         sample = np.concatenate([group[generator.choice(len(group), share)] for group in groups])
         distinct = len(np.unique(sample, axis=0))
         if distinct < codes:
-            raise DataError(f"the images have {distinct} distinct patches, too few for {codes} codes; ask for fewer codes")
+            raise DataError(f"the images have {distinct} distinct patches for {codes} codes; ask for fewer codes")
         model = KMeans(n_clusters=codes, n_init=1, random_state=seed).fit(sample.astype(np.float32))
         centres = np.clip(np.rint(model.cluster_centers_), 0, 255).astype(np.uint8)
         # K-means numbers its centres at random; sorted, a code's id says how bright its patch is.
@@ -156,7 +156,9 @@ class PatchCodebook:
         codes = np.asarray(codes)
         wrong = codes[(codes < 0) | (codes >= self.codebook_size)]
         if wrong.size:
-            raise DataError(f"code {int(wrong[0])} is outside the codebook of {self.codebook_size}; give codes, not vocabulary ids")
+            raise DataError(
+                f"code {int(wrong[0])} is outside the codebook of {self.codebook_size}; give codes, not vocabulary ids"
+            )
         rows, columns = codes.shape
         grid = self.centres[codes].reshape(rows, columns, self.stride, self.stride, self.channels)
         return grid.transpose(0, 2, 1, 3, 4).reshape(rows * self.stride, columns * self.stride, self.channels)
@@ -208,11 +210,14 @@ class PatchCodebook:
 def _check_pixels(pixels: np.ndarray, *, stride: int, channels: int) -> None:
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels:
         raise DataError(
-            f"pixels of shape {pixels.shape} and type {pixels.dtype} don't fit the codec; give uint8 [height, width, {channels}]"
+            f"pixels of shape {pixels.shape} and type {pixels.dtype} don't fit the codec; "
+            f"give uint8 [height, width, {channels}]"
         )
     height, width = pixels.shape[:2]
     if height == 0 or width == 0 or height % stride or width % stride:
-        raise DataError(f"an image of {height}x{width} pixels can't be cut into patches of {stride}x{stride}; resize it first")
+        raise DataError(
+            f"an image of {height}x{width} pixels can't be cut into patches of {stride}x{stride}; resize it first"
+        )
 
 
 def _read_description(folder: Path | str) -> dict[str, Any]:
@@ -220,12 +225,17 @@ def _read_description(folder: Path | str) -> dict[str, Any]:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise DataError(f"{path}: the image codec can't be read ({error.strerror}); give a folder of tools/fit_codebook.py") from error
+        raise DataError(
+            f"{path}: the image codec can't be read ({error.strerror}); give a folder of tools/fit_codebook.py"
+        ) from error
     except ValueError as error:
         raise DataError(f"{path}: damaged image codec ({error}); write it again with tools/fit_codebook.py") from error
     version = description.get("version") if isinstance(description, dict) else None
     if version != CODEC_VERSION:
-        raise DataError(f"{path}: version {version!r} of an image codec isn't known (this program reads {CODEC_VERSION}); write it again")
+        raise DataError(
+            f"{path}: version {version!r} of an image codec isn't known (this program reads {CODEC_VERSION}); "
+            "write it again with tools/fit_codebook.py"
+        )
     return description
 
 

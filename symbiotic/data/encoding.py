@@ -104,7 +104,8 @@ class DocumentEncoder:
         self.vocabulary = VocabularyLayout.load(files.vocabulary)
         self.tokenizer = Tokenizer(files.tokenizer)
         self.codec: ImageCodec | None = load_codec(files.codec) if files.codec is not None else None
-        if self.vocabulary.tokenizer_digest != self.tokenizer.digest or self.vocabulary.text_size != self.tokenizer.size:
+        laid_out_for = (self.vocabulary.tokenizer_digest, self.vocabulary.text_size)
+        if laid_out_for != (self.tokenizer.digest, self.tokenizer.size):
             raise DataError(
                 f"{files.vocabulary}: the vocabulary was laid out for another tokenizer than {files.tokenizer}; "
                 "give the tokenizer.model that was made with it"
@@ -115,7 +116,7 @@ class DocumentEncoder:
                 f"{files.codec} has {self.codec.codebook_size}; give the codec that the vocabulary was laid out for"
             )
         if files.image_root is not None and not files.image_root.is_dir():
-            raise DataError(f"{files.image_root}: the image root is no folder; give the folder image paths are relative to")
+            raise DataError(f"{files.image_root}: the image root is no folder; give the one image paths start from")
 
     def encode_batch(self, batch: LineBatch) -> EncodedBatch:
         """Encode every record of a batch; a bad one becomes a rejection."""

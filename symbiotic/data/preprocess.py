@@ -85,7 +85,9 @@ def preprocess(
         DataError: a file is missing or wrong, no record is left, or more records are bad than allowed.
     """
     if workers < 1 or max_bad_records < 0:
-        raise DataError(f"{workers} workers and {max_bad_records} bad records aren't possible; give at least 1 and at least 0")
+        raise DataError(
+            f"--workers {workers} and --max-bad-records {max_bad_records} aren't possible; give at least 1 and 0"
+        )
     progress = PreprocessProgress(total_bytes=check_inputs(inputs))
     encoder = DocumentEncoder(files)  # before any process starts, so that wrong files end the run here
     batches = read_batches(inputs, batch_bytes=batch_bytes)
@@ -140,7 +142,7 @@ def encode_in_order(batches: Iterable[LineBatch], *, encoder: DocumentEncoder, w
             yield under_way.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            "a preprocessing process was killed, most likely for want of memory; give fewer --workers or a smaller batch"
+            "a preprocessing process was killed, most likely for want of memory; give fewer --workers"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

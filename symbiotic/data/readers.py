@@ -53,7 +53,7 @@ def check_inputs(paths: Iterable[Path | str]) -> int:
         if not path.is_file():
             raise DataError(f"{path}: there is no such input file; give JSON lines files of records")
         if path.suffix not in JSONL_SUFFIXES:
-            raise DataError(f"{path}: input of type {path.suffix!r} isn't read; give one of {', '.join(JSONL_SUFFIXES)}")
+            raise DataError(f"{path}: input of type {path.suffix!r} isn't read; give {' or '.join(JSONL_SUFFIXES)}")
         try:
             with open(path, "rb"):
                 total += path.stat().st_size
@@ -86,7 +86,8 @@ def parse_line(data: bytes, *, file: str, line: int) -> Document:
     except DataError as error:
         raise RecordError(str(error), file=file, line=line) from error
     except UnicodeDecodeError as error:
-        raise RecordError(f"the line isn't UTF-8 at byte {error.start}; convert the file", file=file, line=line) from error
+        reason = f"the line isn't UTF-8 at byte {error.start}; convert the file"
+        raise RecordError(reason, file=file, line=line) from error
     except (ValueError, RecursionError) as error:
         raise RecordError(f"the line isn't JSON ({error}); write one record a line", file=file, line=line) from error
     return parse_record(record, file=file, line=line)

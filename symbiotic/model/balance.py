@@ -84,7 +84,9 @@ def group_losses(
     return losses
 
 
-def microbatch_losses(inputs: BalanceInputs, *, group: torch.distributed.ProcessGroup, coefficient: float) -> list[Tensor]:
+def microbatch_losses(
+    inputs: BalanceInputs, *, group: torch.distributed.ProcessGroup, coefficient: float
+) -> list[Tensor]:
     """``aux_loss``: normalised over the microbatch (``group``: the ranks that hold slices of it)."""
     tokens_per_expert = reduce_from_tensor_model_parallel_region(inputs.choices_NE.sum(dim=0), group)
     return group_losses(
@@ -108,7 +110,8 @@ def sequence_losses(
     slots_of_part = [offset + group_slots for group_slots in slots for offset in offsets]
     parts = BalanceInputs(scores, choices, slots_of_part, inputs.topk)
     losses = microbatch_losses(parts, group=group, coefficient=coefficient)
-    return [torch.stack(losses[start : start + batch_size]).sum() / batch_size for start in range(0, len(losses), batch_size)]
+    starts = range(0, len(losses), batch_size)
+    return [torch.stack(losses[start : start + batch_size]).sum() / batch_size for start in starts]
 
 
 def orthogonality_loss(weight: Tensor) -> Tensor:

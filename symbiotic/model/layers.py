@@ -97,7 +97,7 @@ class AttentionLayer(TypedNorms, TransformerLayer):
         token_types = padding_mask.transpose(0, 1)
         norm = partial(self.normed, "input_layernorm")
         if self.recompute_input_layernorm:
-            checkpoint = tensor_parallel.CheckpointWithoutOutput()
+            checkpoint = tensor_parallel.CheckpointWithoutOutput(fp8=None)
             normed = checkpoint.checkpoint(norm, hidden_states, token_types)
         else:
             normed = norm(hidden_states, token_types)
@@ -137,7 +137,7 @@ class FeedForward(TypedNorms):
         norm = partial(self.normed, "pre_mlp_layernorm")
         if self.recompute_pre_mlp_layernorm:
             # ``_forward_post_mlp`` drops its output again.
-            self.pre_mlp_norm_checkpoint = tensor_parallel.CheckpointWithoutOutput()
+            self.pre_mlp_norm_checkpoint = tensor_parallel.CheckpointWithoutOutput(fp8=None)
             normed = self.pre_mlp_norm_checkpoint.checkpoint(norm, hidden_states, token_types)
         else:
             normed = norm(hidden_states, token_types)

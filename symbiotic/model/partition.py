@@ -84,7 +84,8 @@ class ExpertPartition:
         try:
             if table["version"] != TABLE_VERSION:
                 raise CheckpointError(
-                    f"{source}: partition table version {table['version']} is unknown, this release reads {TABLE_VERSION}"
+                    f"{source}: partition table version {table['version']} is unknown, "
+                    f"this release reads {TABLE_VERSION}"
                 )
             rows = sorted((int(block), row) for block, row in table["blocks"].items())
             partition = cls(
@@ -96,12 +97,13 @@ class ExpertPartition:
             if isinstance(error, CheckpointError | ConfigError):
                 raise
             raise CheckpointError(
-                f"{source}: not a partition table ({type(error).__name__}: {error}); write it with tools/partition_experts.py"
+                f"{source}: not a partition table ({type(error).__name__}: {error}); "
+                "write it with tools/partition_experts.py"
             ) from error
         if "hash" in table and table["hash"] != partition.hash:
             raise CheckpointError(
                 f"{source}: the table's hash is {partition.hash[:12]} but the file says {str(table['hash'])[:12]}; "
-                "it was edited or damaged: remove the \"hash\" entry if the edit was meant"
+                'it was edited or damaged: remove the "hash" entry if the edit was meant'
             )
         return partition
 

@@ -58,9 +58,7 @@ def split_routers(
         raise CheckpointError(f"{source}: it has no router for the MoE blocks {sorted(missing)}")
 
 
-def _rows_of_routers(
-    partition: ExpertPartition, routing: RoutingTable, *, block: int
-) -> Iterator[tuple[str, Tensor]]:
+def _rows_of_routers(partition: ExpertPartition, routing: RoutingTable, *, block: int) -> Iterator[tuple[str, Tensor]]:
     """(router, logical ids of its group's experts in ascending order)."""
     for router, group in zip(routing.routers, routing.group_of_router, strict=True):
         yield router, torch.tensor(partition.experts_of(block, routing.groups[group]))

@@ -126,7 +126,7 @@ def _document(record: Any, *, file: str, line: int) -> Document:
     _check_encodable(record["id"], "id")
     meta = record.get("meta", {})
     if not isinstance(meta, dict):
-        raise DataError(f"meta is {_kind(meta)}; give an object such as {{\"license\": \"CC-BY-4.0\"}}")
+        raise DataError(f'meta is {_kind(meta)}; give an object such as {{"license": "CC-BY-4.0"}}')
     for key in ("license", "source"):
         if key not in meta:
             continue
@@ -164,7 +164,8 @@ def _text_segment(segment: dict[str, Any], place: str) -> TextSegment:
 def _image_segments(segment: dict[str, Any], place: str) -> list[Segment]:
     _check_keys(segment, place, required=("type", "use"), optional=("image", "tokens", "loss"))
     if ("image" in segment) == ("tokens" in segment):
-        raise DataError(f"{place} has {'both' if 'image' in segment else 'neither'} of image and tokens; give one of them")
+        found = "both" if "image" in segment else "neither"
+        raise DataError(f"{place} has {found} of image and tokens; give one of them")
     content = _image_content(segment["image"], place) if "image" in segment else _codes(segment["tokens"], place)
     use = segment["use"]
     generated = ImageSegment(**content, use=ImageUse.GENERATE, loss=_loss(segment, place, default=True))
@@ -211,14 +212,14 @@ def _decode_base64(encoded: str, place: str) -> bytes:
 def _codes(rows: Any, place: str) -> dict[str, Any]:
     """Codes as int64 [rows, columns]; lists from JSON are checked value by value, as numpy would convert silently."""
     if not isinstance(rows, list) or not rows or not all(isinstance(row, list) and row for row in rows):
-        raise DataError(f"{place}.tokens is no list of rows of codes; write [[12, 9], [4, 63]] for an image of 2x2 codes")
+        raise DataError(f"{place}.tokens is no list of rows of codes; write [[12, 9], [4, 63]] for 2x2 codes")
     if len({len(row) for row in rows}) != 1:
         raise DataError(f"{place}.tokens has rows of different lengths; an image is a rectangle of codes")
     for row in rows:
         for code in row:
             # Far above any codebook, and small enough for int64: the real bound is checked against the vocabulary.
             if type(code) is not int or not 0 <= code < 2**31:
-                raise DataError(f"{place}.tokens holds {code!r}; codes are whole numbers from 0 to below the codebook's size")
+                raise DataError(f"{place}.tokens holds {code!r}; codes are whole numbers below the codebook's size")
     return {"codes": np.array(rows, dtype=np.int64)}
 
 
@@ -252,5 +253,16 @@ def _check_encodable(text: str, place: str) -> None:
 
 def _kind(value: Any) -> str:
     """The JSON name of a value's type, for messages."""
-    names = {type(None): "null", bool: "a truth value", int: "a number", float: "a number", str: "text", bytes: "bytes"}
-    return "empty" if value in ("", b"") else names.get(type(value), "a list" if isinstance(value, list) else "an object")
+    if value in ("", b""):
+        return "empty"
+    names = {
+        type(None): "null",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        bytes: "bytes",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), type(value).__name__)

@@ -192,7 +192,8 @@ class VocabularyLayout:
         """
         pair = self.resolutions.get(int(token))
         if pair is None:
-            raise DataError(f"id {int(token)} is no resolution of the vocabulary (these are {sorted(self.resolutions)})")
+            known = sorted(self.resolutions)
+            raise DataError(f"id {int(token)} is no resolution of the vocabulary; these are {known}")
         return pair
 
     def used_mask(self) -> np.ndarray:
@@ -284,7 +285,9 @@ class VocabularyLayout:
                 f"{path}: the vocabulary can't be read ({error.strerror}); give the vocabulary.json of the corpus"
             ) from error
         except ValueError as error:
-            raise DataError(f"{path}: the vocabulary isn't JSON ({error}); give the vocabulary.json of the corpus") from error
+            raise DataError(
+                f"{path}: the vocabulary isn't JSON ({error}); give the vocabulary.json of the corpus"
+            ) from error
         return cls.from_dict(tree, file=str(path))
 
     def _check(self, file: str) -> None:
@@ -303,7 +306,9 @@ class VocabularyLayout:
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise DataError(f"{file}: {name} is {value!r}, not a whole number; build the vocabulary again")
         if not isinstance(self.tokenizer_digest, str):
-            raise DataError(f"{file}: tokenizer_digest is {self.tokenizer_digest!r}, not text; build the vocabulary again")
+            raise DataError(
+                f"{file}: tokenizer_digest is {self.tokenizer_digest!r}, not text; build the vocabulary again"
+            )
         if any(rows < 1 or columns < 1 for rows, columns in self.resolutions.values()):
             raise DataError(f"{file}: a resolution has no rows or columns; give sizes such as 4x4")
         if len(self._id_of_resolution) != len(self.resolutions):

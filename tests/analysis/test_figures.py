@@ -41,7 +41,7 @@ def test_loss_curves_show_classes_and_stage_marks():
         "warm-up",
         "release",
         "text, training",
-        "text, held out",
+        "text in prose, held out",
     ):
         assert f"<!-- {word} -->" in text
     assert text == loss_curves([log("understanding"), log()]).data.decode()
