@@ -29,7 +29,7 @@ COMMANDS = {
     'python tools/generate.py draw --model runs/digits/export --prompt "Draw a seven." --count 4 --output sevens': (
         RunBy.ON_THE_DEMO
     ),
-    "python tools/generate.py read --model runs/digits/export --image sevens/0.png": RunBy.ON_THE_DEMO,
+    "python tools/generate.py read --model runs/digits/export --image sevens/0.png --size 4 4": RunBy.ON_THE_DEMO,
     "python tools/convert_checkpoint.py export runs/digits/generation exported --codec runs/digits/corpus/codec": (
         RunBy.ON_THE_DEMO
     ),
@@ -37,7 +37,7 @@ COMMANDS = {
     "--data runs/digits/corpus/shards/text_validation": RunBy.ON_THE_DEMO,
     "python pretrain_symbiotic.py --config examples/digits/understanding.yaml --dry-run": RunBy.ON_THE_DEMO,
     "torchrun --standalone --nproc-per-node 2 pretrain_symbiotic.py --config examples/digits/understanding.yaml "
-    "run.folder=runs/mine stages.understanding.steps=20": RunBy.ON_THE_DEMO,
+    "run.folder=runs/mine stages.understanding.steps=20 schedule.warmup_steps=5": RunBy.ON_THE_DEMO,
     "python tools/fit_codebook.py --input runs/digits/corpus/generation_train.jsonl --codes 32 --stride 2 "
     "--output mine/codec": RunBy.ON_THE_DEMO,
     "python tools/train_tokenizer.py --input runs/digits/corpus/text_train.jsonl --size 500 "

@@ -21,11 +21,14 @@ from symbiotic.config import config_from_tree
 from symbiotic.config.routing_defaults import default_routers
 from symbiotic.config.schema import GroupConfig
 from symbiotic.distributed.cpu_device import choose_device, enter_cpu_device
+from symbiotic.distributed.processes import destroy_processes, initialize_processes, read_place
 from symbiotic.errors import CheckpointError, ConfigError, exits_on_user_error
 from symbiotic.files import replacing, write_json
 from symbiotic.model.partition import MERGES, ExpertPartition, at_random, by_index, by_measured_use
 from symbiotic.model.routing import RoutingTable
 from symbiotic.tokens.types import TokenType
+from symbiotic.training.checkpoint.storage import find_checkpoint
+from symbiotic.training.checkpoint.weights import open_weights, write_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,17 +39,13 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the tool."""
     options = parse(arguments)
+    checkpoint = find_checkpoint(options.checkpoint)
+    world_size = read_place(os.environ).world_size
+    config = config_of(open_weights(checkpoint, verify="full").config(), checkpoint, world_size=world_size)
+    sizes = group_sizes(options.groups, config)
     device = choose_device(options.device)
     if device == "cpu":
         enter_cpu_device()
-    from symbiotic.distributed.processes import destroy_processes, initialize_processes, read_place
-    from symbiotic.training.checkpoint.storage import find_checkpoint
-    from symbiotic.training.checkpoint.weights import open_weights
-
-    checkpoint = find_checkpoint(options.checkpoint)
-    weights = open_weights(checkpoint, verify="full")
-    config = config_of(weights.config(), checkpoint, world_size=read_place(os.environ).world_size)
-    sizes = group_sizes(options.groups, config)
     initialize_processes(device=device, expert=config.transformer.get("expert_model_parallel_size", 1))
     try:
         counts = measure(options, config, checkpoint=checkpoint)
@@ -202,7 +201,6 @@ def write_checkpoint(
         ConfigError: which token types go to which group can't be guessed from the groups' names.
     """
     from symbiotic.model.split import split_routers
-    from symbiotic.training.checkpoint.weights import open_weights, write_weights
 
     routers = default_routers({name: GroupConfig(experts=size) for name, size in sizes.items()})
     if routers is None:

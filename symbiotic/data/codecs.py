@@ -126,7 +126,9 @@ class PatchCodebook:
         generator = np.random.default_rng(seed)
         groups = [np.concatenate(patches) for _, patches in sorted(by_size.items())]
         share = min(max_patches // len(groups), max(len(group) for group in groups))
-        sample = np.concatenate([group[generator.choice(len(group), share)] for group in groups])
+        # A smaller group is repeated as a whole, so that none of its patches is lost.
+        chosen = [np.resize(generator.permutation(len(group)), share) for group in groups]
+        sample = np.concatenate([group[rows] for group, rows in zip(groups, chosen, strict=True)])
         distinct = len(np.unique(sample, axis=0))
         if distinct < codes:
             raise DataError(f"the images have {distinct} distinct patches for {codes} codes; ask for fewer codes")

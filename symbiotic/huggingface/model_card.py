@@ -57,15 +57,6 @@ def model_card(
         has_codec: whether the image codec is in the folder.
     """
     sources = ", ".join(source.name for source in config.data.sources) or "not recorded"
-    groups = [
-        f"| {group} | {max(len(experts) for experts in layers)} | {', '.join(_types_of(model, group))} |"
-        for group, layers in model.expert_groups.items()
-    ]
-    images = "none"
-    if model.image_vocabulary:
-        sizes = ", ".join(f"{rows}x{columns}" for _, rows, columns in model.image_vocabulary["resolutions"])
-        where = "in `codec/`" if has_codec else "not in this folder"
-        images = f"{model.image_vocabulary['codebook_size']} for images of {sizes} codes; the codec is {where}"
     lines = [
         "---",
         f"license: {license_id}",
@@ -78,19 +69,9 @@ def model_card(
         "A mixture-of-experts transformer that reads and draws images. Every token's type picks the expert group that",
         "it is routed in; the shared expert sees all tokens.",
         "",
-        "| | |",
-        "|---|---|",
-        f"| parameters | {num_parameters(plans):,} |",
-        f"| active parameters per token | {num_active_parameters(model, plans):,} |",
-        f"| blocks | {model.num_hidden_layers} ({len(model.dense_layers)} dense) |",
-        f"| hidden size | {model.hidden_size} |",
-        f"| experts per block, chosen per token | {model.num_experts}, {model.num_experts_per_tok} |",
-        f"| context length | {model.max_position_embeddings} |",
-        f"| vocabulary | {layout.text_size} text pieces; image codes: {images} |",
+        *_size_table(model, plans, layout=layout, has_codec=has_codec),
         "",
-        "| expert group | experts | token types |",
-        "|---|---|---|",
-        *groups,
+        *_group_table(model),
         "",
         "## Use",
         "",
@@ -108,6 +89,35 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _size_table(
+    model: SymbioticConfig, plans: Sequence[TensorPlan], *, layout: VocabularyLayout, has_codec: bool
+) -> list[str]:
+    images = "none"
+    if model.image_vocabulary:
+        sizes = ", ".join(f"{rows}x{columns}" for _, rows, columns in model.image_vocabulary["resolutions"])
+        where = "in `codec/`" if has_codec else "not in this folder"
+        images = f"{model.image_vocabulary['codebook_size']} for images of {sizes} codes; the codec is {where}"
+    return [
+        "| | |",
+        "|---|---|",
+        f"| parameters | {num_parameters(plans):,} |",
+        f"| active parameters per token | {num_active_parameters(model, plans):,} |",
+        f"| blocks | {model.num_hidden_layers} ({len(model.dense_layers)} dense) |",
+        f"| hidden size | {model.hidden_size} |",
+        f"| experts per block, chosen per token | {model.num_experts}, {model.num_experts_per_tok} |",
+        f"| context length | {model.max_position_embeddings} |",
+        f"| vocabulary | {layout.text_size} text pieces; image codes: {images} |",
+    ]
+
+
+def _group_table(model: SymbioticConfig) -> list[str]:
+    """Size and token types of every expert group."""
+    return ["| expert group | experts | token types |", "|---|---|---|"] + [
+        f"| {group} | {max(len(experts) for experts in layers)} | {', '.join(_types_of(model, group))} |"
+        for group, layers in model.expert_groups.items()
+    ]
 
 
 def _types_of(model: SymbioticConfig, group: str) -> list[str]:

@@ -324,8 +324,12 @@ class GroupRouter(TopKRouter):
             coefficient = self.get_aux_loss_coeff(kind)
             if not coefficient:
                 continue
-            weighted = coefficient * self.norm_factor
             reduce_group, needs_dp_avg = self.tp_cp_group, True
+            if kind == "global_aux_loss":
+                # Each rank has its share of a loss over all data-parallel ranks, and Megatron averages their gradients
+                # where the sum is meant: the stock router's loss counts data-parallel-size times less.
+                coefficient *= self.tp_dp_cp_group.size() // self.tp_cp_group.size()
+            weighted = coefficient * self.norm_factor
             if kind == "aux_loss":
                 losses = balance.microbatch_losses(inputs, group=self.tp_cp_group, coefficient=weighted)
             elif kind == "seq_aux_loss":

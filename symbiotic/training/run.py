@@ -1,4 +1,7 @@
-"""One launch of a run: processes, Trainer, verdict."""
+"""One launch of a run: processes, Trainer, verdict.
+
+Imports megatron-core: on the CPU the entry point has entered the CPU device before.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ from symbiotic.config.checks import check_config_for_device
 from symbiotic.config.megatron import check_megatron_sections, resolved_device
 from symbiotic.distributed.processes import destroy_processes, initialize_processes, read_place
 from symbiotic.errors import UserError
+from symbiotic.training.build import build_trainer
 from symbiotic.training.exits import EXIT_FILE, FAILED, Verdict, read_verdict
+from symbiotic.training.setup import check_layout_supported
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +35,6 @@ def train(config: Config) -> Verdict:
         if rank == 0:
             (folder / EXIT_FILE).unlink(missing_ok=True)
         _start(config)
-        # Imports megatron-core, so only now that the device is decided.
-        from symbiotic.training.build import build_trainer
-
         trainer = build_trainer(config)
         verdict = trainer.fit()
         if rank == 0:
@@ -52,6 +54,7 @@ def _start(config: Config) -> None:
     device = resolved_device(config)
     check_config_for_device(config, device)
     check_megatron_sections(config)
+    check_layout_supported(config)
     check_world_size(config, read_place(os.environ).world_size)
     layout = parallel_layout(config)
     initialize_processes(

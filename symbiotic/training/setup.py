@@ -8,7 +8,8 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from symbiotic.config import Config, layer_pattern
+from symbiotic.config import Config, layer_pattern, parallel_layout
+from symbiotic.config.megatron import transformer_config
 from symbiotic.errors import CheckpointError
 from symbiotic.model.balance import KINDS
 from symbiotic.model.from_config import partition_from_config
@@ -20,6 +21,28 @@ from symbiotic.training.roles import RoleRates
 from symbiotic.training.throughput import ModelShape
 
 log = logging.getLogger(__name__)
+
+
+def check_layout_supported(config: Config) -> None:
+    """Refuse layouts that Megatron's schedules or our training step would run wrongly without a word.
+
+    Raises:
+        ConfigError: with the setting to change.
+    """
+    layout, transformer = parallel_layout(config), transformer_config(config)
+    if layout.context > 1:
+        raise config.origin.error(
+            "TransformerConfig.context_parallel_size",
+            f"= {layout.context}, but training doesn't cut samples for context parallelism; set it to 1",
+        )
+    if layout.virtual_pipeline and layout.pipeline == 2 and not transformer.overlap_p2p_comm:
+        # Both neighbours are the same rank then, and one batch of sends and receives mixes up who gets what
+        # (Megatron-LM's arguments.py asks for more than 2 stages in this case).
+        raise config.origin.error(
+            "TransformerConfig.overlap_p2p_comm",
+            "= false would mix up activations and gradients of an interleaved pipeline of 2 stages; set it to true and "
+            "batch_p2p_comm to false",
+        )
 
 
 def step_to_resume(config: Config, store: CheckpointStore) -> int | None:

@@ -67,6 +67,13 @@ def test_roles_of_a_model_with_everything():
     ]  # fmt: skip
 
 
+def test_roles_of_a_group_with_parts_of_its_own():
+    groups = {"understanding": {"experts": 12}, "generation": {"experts": 4, "own": ["mlp", "norm", "attention"]}}
+    assert roles_of(config(groups=groups))[:7] == [
+        "embedding", "attention", "attention.generation", "norm", "norm.generation", "mlp", "mlp.generation",
+    ]  # fmt: skip
+
+
 def test_roles_of_the_smallest_model():
     changes = {"model.dense_blocks": [], "model.tie_embeddings": True, f"{T}.moe_shared_expert_intermediate_size": ...}
     resolved = config(**changes, groups={"all": {"experts": 4}}, rates={"*": 1e-3})

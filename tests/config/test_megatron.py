@@ -156,6 +156,19 @@ def test_settings_refused_on_the_cpu_are_checked_once_auto_is_decided():
             f"{T}.num_query_groups": 1,
         },
         {"groups": {"all": {"experts": 6}}, "rates": {"*": 1e-3}, f"{T}.normalization": "LayerNorm"},
+        {
+            "groups.generation": {"experts": 4, "own": ["attention", "norm", "mlp"]},
+            f"{T}.qk_layernorm": True,
+            f"{T}.add_qkv_bias": True,
+        },
+        {
+            "groups": {"all": {"experts": 6}},
+            "routers": {
+                "text": {"types": ["text"], "group": "all"},
+                "drawing": {"types": ["generation_code"], "group": "all"},
+            },
+            "rates": {"*": 1e-3},
+        },
     ],
 )
 def test_the_formula_counts_what_the_built_model_has(changes):

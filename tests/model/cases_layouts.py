@@ -122,8 +122,12 @@ def one_step(
     shield: list[float] | None = None,
     metrics: tuple[str, ...] = (),
     seeds: tuple[int, ...] = tuple(range(MICROBATCHES)),
+    joined: bool = False,
 ) -> dict[str, Any]:
-    """One step over a global batch of one microbatch a seed: metrics, gradients, losses of the last stage."""
+    """One step over a global batch of one microbatch a seed: metrics, gradients, losses of the last stage.
+
+    With ``joined`` all of this rank's sequences are one microbatch.
+    """
     chunks = build_chunks(plan=plan or {}, config=config or {}, blocks=blocks, dense=dense, virtual=virtual)
     if shield is not None:
         set_shield_factors(chunks, shield)
@@ -135,24 +139,27 @@ def one_step(
         loss = chunk(**next(iterator))
         return loss, lambda loss: (loss.mean(), loss.detach().clone())
 
-    iterators = [iter([tiny_batch(seed=seed) for seed in mine]) for _ in chunks]
+    batches = [tiny_batch(seed=seed) for seed in mine]
+    if joined:
+        batches = [{name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}]
+    iterators = [iter(batches) for _ in chunks]
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
         data_iterator=iterators if virtual else iterators[0],
         model=wrapped if virtual else wrapped[0],
-        num_microbatches=len(mine),
+        num_microbatches=len(batches),
         seq_length=16,
-        micro_batch_size=2,
+        micro_batch_size=len(batches[0]["tokens"]),
         forward_only=False,
     )
     finalize_model_grads(wrapped)
     scalars = _Scalars()
     get_moe_metrics_tracker().report(
-        loss_scale=1.0 / len(mine), iteration=0, writer=scalars, force_initialize=True, track_names=list(metrics),
+        loss_scale=1.0 / len(batches), iteration=0, writer=scalars, force_initialize=True, track_names=list(metrics),
         num_layers=2 * blocks, moe_layer_freq=[int(symbol == "E") for symbol in LayerPattern.from_blocks(blocks, dense).text()],
     )  # fmt: skip
     return {
-        "losses": dict(zip(mine, losses, strict=True)) if losses else {},
+        "losses": losses,
         "metrics": dict(scalars),
         "gradients": gradient_shards(chunks),
         "roles": {name: parameter.role for chunk in chunks for name, parameter in chunk.named_parameters()},

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from megatron.core import tensor_parallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 
 from symbiotic.model.partition import at_random, by_index
@@ -17,19 +17,16 @@ from symbiotic.tokens.types import TokenType
 from tests.model.tiny import tiny_config, two_routers
 
 
-def make_router(config, *, groups: dict[str, int], seed: int | None = None, ep_size: int = 1, **options):
-    """A GroupRouter over a (random) partition, with seeded weights."""
+def make_router(config, *, groups, routers=None, seed: int | None = None, ep_size: int = 1, **options):
+    """A GroupRouter over a (random) partition, with seeded weights, in training mode."""
     partition = by_index(groups, [0]) if seed is None else at_random(groups, [0], seed=seed)
     row = partition.row(0)
-    experts = LayerExperts(
-        RoutingTable.build(list(groups), two_routers(groups)), row, slot_to_expert(row, ep_size)
-    )
+    table = RoutingTable.build(list(groups), routers or two_routers(groups))
+    experts = LayerExperts(table, row, slot_to_expert(row, ep_size))
     torch.manual_seed(1)
-    router = GroupRouter(
-        config, ProcessGroupCollection.use_mpu_process_groups(), experts=experts, **options
-    )
+    router = GroupRouter(config, ProcessGroupCollection.use_mpu_process_groups(), experts=experts, **options)
     router.set_layer_number(1)
-    return router
+    return router.train()
 
 
 def stock_router(config):
@@ -37,7 +34,7 @@ def stock_router(config):
     torch.manual_seed(1)
     router = TopKRouter(config, ProcessGroupCollection.use_mpu_process_groups())
     router.set_layer_number(1)
-    return router
+    return router.train()
 
 
 def rows(*, length: int = 24, batch: int = 2, hidden: int = 32, seed: int = 0, types=(0, 1, 2), dtype=torch.float32):
@@ -48,14 +45,25 @@ def rows(*, length: int = 24, batch: int = 2, hidden: int = 32, seed: int = 0, t
     return states.requires_grad_(), torch.tensor(types, dtype=torch.int8)[choice]
 
 
+def run(router, states, token_types, *, recompute: bool = False):
+    """(probs, routing map), as a recomputed layer would get them with ``recompute``."""
+    if recompute:
+        return tensor_parallel.checkpoint(router, False, states, token_types)
+    return router(states, token_types)
+
+
 def _gradients(router, states, probs, upstream):
     """Gradients of the input and of every parameter under a fixed upstream gradient."""
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
     torch.sum(probs * upstream).backward()
     return states.grad, [parameter.grad for parameter in router.parameters()]
 
 
-def one_group_against_stock(*, overrides: dict) -> dict:
+def recorded() -> dict[str, float]:
+    """What the routers recorded for layer 1."""
+    return {name: float(entry.values[0]) for name, entry in get_moe_metrics_tracker().metrics.items()}
+
+
+def one_group_against_stock(*, overrides: dict, recompute: bool) -> dict:
     """Differences (exact zeros expected) between the stock router and ours with one group, and their losses."""
     config = tiny_config(**overrides)
     upstream = torch.randn(48, 8, generator=torch.Generator().manual_seed(5))
@@ -65,11 +73,15 @@ def one_group_against_stock(*, overrides: dict) -> dict:
         get_moe_metrics_tracker().metrics.clear()
         router = build(config)
         states, types = rows()
-        inputs = (states,) if build is stock_router else (states, types)
-        probs, routing_map = router(*inputs)
+        # The stock z-loss has two formulas, equal but for rounding; with a mask, even an empty one, it is ours.
+        mask = torch.zeros_like(types, dtype=torch.bool) if config.moe_z_loss_coeff else None
+        torch.manual_seed(11)  # of the jitter
+        probs, routing_map = run(
+            router, states, mask if build is stock_router else types, recompute=recompute
+        )
         gradients = _gradients(router, states, probs, upstream)
-        recorded = {name: entry.values.clone() for name, entry in get_moe_metrics_tracker().metrics.items()}
-        results.append((probs, routing_map, gradients, recorded))
+        logged = {name: entry.values.clone() for name, entry in get_moe_metrics_tracker().metrics.items()}
+        results.append((probs, routing_map, gradients, logged))
     (probs_a, map_a, (input_a, weights_a), logged_a), (probs_b, map_b, (input_b, weights_b), logged_b) = results
     return {
         "probs": torch.equal(probs_a, probs_b),
@@ -82,57 +94,21 @@ def one_group_against_stock(*, overrides: dict) -> dict:
     }
 
 
-def padding_against_stock() -> dict:
+def padding_against_stock(*, recompute: bool) -> dict:
     """One group with padding rows against the stock router with a padding mask."""
-    config = tiny_config()
+    config = tiny_config(moe_z_loss_coeff=1e-2)
     upstream = torch.randn(48, 8, generator=torch.Generator().manual_seed(5))
     states, types = rows(types=(0, 1, 15))
     stock, ours = stock_router(config), make_router(config, groups={"all": 8})
-    probs, _ = stock(states, types == TokenType.PADDING)
+    probs, _ = run(stock, states, types == TokenType.PADDING, recompute=recompute)
     expected, (expected_weight,) = _gradients(stock, states, probs, upstream)
     states.grad = None
-    probs, _ = ours(states, types)
+    probs, _ = run(ours, states, types, recompute=recompute)
     actual, (actual_weight,) = _gradients(ours, states, probs, upstream)
     return {"input": (expected, actual), "weight": (expected_weight, actual_weight)}
 
 
-def masked_joint_router(*, sizes: dict[str, int], seed: int, topk: int, overrides: dict, ep_size: int = 1) -> dict:
-    """Sliced routers against one float64 joint router whose other groups' logits are -inf, written out by hand."""
-    experts = sum(sizes.values())
-    config = tiny_config(num_moe_experts=experts, moe_router_topk=topk, **overrides)
-    router = make_router(config, groups=sizes, seed=seed, ep_size=ep_size)
-    states, types = rows(seed=seed, types=(0, 1, 2, 15), length=16)
-    probs, routing_map = router(states, types)
-
-    row = router.experts.group_of_expert
-    joint = torch.zeros(experts, 32, dtype=torch.float64)
-    for index, gate in enumerate(router.gates.values()):
-        joint[torch.from_numpy(router.experts.experts_of_router(index))] = gate.detach().double()
-    logits = states.detach().double().flatten(0, 1) @ joint.T  # logical order
-    generation = (types.reshape(-1) == TokenType.GENERATION_CODE).numpy()
-    allowed = torch.from_numpy((row[None, :] == 1) == generation[:, None])
-    logits = logits.masked_fill(~allowed, float("-inf"))
-    if overrides.get("moe_router_score_function") == "sigmoid":
-        scores = torch.sigmoid(logits)
-        weights, chosen = scores.topk(topk, dim=1)
-        weights = weights / weights.sum(dim=1, keepdim=True) if topk > 1 else weights
-    elif overrides.get("moe_router_pre_softmax"):
-        weights, chosen = logits.softmax(dim=1).topk(topk, dim=1)
-    else:
-        top, chosen = logits.topk(topk, dim=1)
-        weights = top.softmax(dim=1)
-    expected = torch.zeros(len(logits), experts, dtype=torch.float64).scatter(1, chosen, weights)
-    slots = torch.from_numpy(router.experts.slot_to_expert)
-    return {
-        "probs": probs.detach().numpy(),
-        "map": routing_map.numpy(),
-        "expected": expected[:, slots].numpy(),
-        "choices_per_row": routing_map.sum(dim=1).numpy(),
-        "outside": int((routing_map & ~allowed[:, slots]).sum()),
-    }
-
-
-def balance_against_formula(*, kind: str, sizes: dict[str, int], types: tuple[int, ...], seed: int = 2, topk: int = 2, norm: str = "megatron") -> dict:
+def balance_against_formula(*, kind: str, sizes: dict[str, int], types: tuple[int, ...], seed: int = 2, topk: int = 2, norm: str = "megatron", recompute: bool = False) -> dict:
     """Recorded balance losses by group and the router's gradient against the formula in float64 with autograd."""
     coefficient = 0.01
     experts = sum(sizes.values())
@@ -145,10 +121,9 @@ def balance_against_formula(*, kind: str, sizes: dict[str, int], types: tuple[in
     get_moe_metrics_tracker().metrics.clear()
     router = make_router(config, groups=sizes, seed=seed, balance_norm=norm)
     states, token_types = rows(seed=seed, types=types)
-    probs, _ = router(states, token_types)
-    MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0))
+    probs, _ = run(router, states, token_types, recompute=recompute)
     (probs * 0.0).sum().backward()  # only the balance losses send gradient
-    recorded = {name.split(".")[1]: float(entry.values[0]) for name, entry in get_moe_metrics_tracker().metrics.items()}
+    found = {name.split(".")[1]: loss for name, loss in recorded().items()}
 
     factor = topk if norm == "hunyuan" else 1
     expected, total, gradients = {}, 0.0, {}
@@ -173,7 +148,7 @@ def balance_against_formula(*, kind: str, sizes: dict[str, int], types: tuple[in
         (coefficient * loss).backward()
         gradients[name] = weight.grad.numpy()
     return {
-        "recorded": recorded,
+        "recorded": found,
         "expected": expected,
         "gradients": {name: gate.grad.numpy() for name, gate in router.gates.items()},
         "expected_gradients": gradients,
@@ -197,19 +172,20 @@ def usage_counts(*, mode: str, grad: bool) -> np.ndarray:
     return collect_usage([router])[0].numpy(), recount
 
 
-def bias_against_stock() -> dict:
+def bias_against_stock(*, recompute: bool) -> dict:
     """Three steps of choices and bias updates with one group, ours against the stock router's."""
     from megatron.core.transformer.moe.moe_utils import get_updated_expert_bias
 
     config = tiny_config(
         moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True, moe_router_bias_update_rate=0.05
     )
-    stock, ours = stock_router(config).train(), make_router(config, groups={"all": 8}).train()
+    stock, ours = stock_router(config), make_router(config, groups={"all": 8})
     trail = []
     for seed in range(3):
         states, types = rows(seed=seed)
-        stock_probs, stock_map = stock(states)
-        our_probs, our_map = ours(states, types)
+        stock_probs, stock_map = run(stock, states, None, recompute=recompute)
+        our_probs, our_map = run(ours, states, types, recompute=recompute)
+        (stock_probs.sum() + our_probs.sum()).backward()
         stock.expert_bias.copy_(
             get_updated_expert_bias(stock.local_tokens_per_expert, stock.expert_bias, 0.05)
         )
@@ -220,42 +196,51 @@ def bias_against_stock() -> dict:
     return {"trail": trail, "stock_attribute": hasattr(ours, "expert_bias"), "saved": list(ours.state_dict())}
 
 
-def bias_inside_groups(*, ep_size: int) -> dict:
-    """Everything on at once, two groups: choices with a bias and padding, and one update, next to float64 by hand."""
-    sizes = {"understanding": 5, "generation": 3}
-    config = tiny_config(
-        moe_router_score_function="sigmoid",
-        moe_router_enable_expert_bias=True,
-        moe_router_bias_update_rate=0.05,
-        moe_z_loss_coeff=1e-3,
-        moe_router_topk_scaling_factor=1.5,
-    )
-    router = make_router(config, groups=sizes, seed=6, ep_size=ep_size).train()
-    router.group_bias.copy_(torch.linspace(-0.3, 0.3, 8))
-    states, types = rows(types=(0, 1, 2, 15), seed=8)
-    probs, routing_map = router(states, types)
-    slots = torch.from_numpy(router.experts.slot_to_expert)
-    row = router.experts.group_of_expert
-    joint = torch.zeros(8, 32, dtype=torch.float64)
-    for index, gate in enumerate(router.gates.values()):
-        joint[torch.from_numpy(router.experts.experts_of_router(index))] = gate.detach().double()
-    scores = torch.sigmoid(states.detach().double().flatten(0, 1) @ joint.T)
-    generation = (types.reshape(-1) == TokenType.GENERATION_CODE).numpy()
-    allowed = torch.from_numpy((row[None, :] == 1) == generation[:, None])
-    bias = torch.linspace(-0.3, 0.3, 8).double()
-    chosen = (scores + bias).masked_fill(~allowed, -9.0).topk(2, dim=1).indices
-    weights = scores.gather(1, chosen)
-    expected = torch.zeros(len(scores), 8, dtype=torch.float64)
-    expected.scatter_(1, chosen, 1.5 * weights / weights.sum(dim=1, keepdim=True))
-    valid = (types.reshape(-1) != TokenType.PADDING).unsqueeze(1)
-    load = ((expected > 0) & valid).sum(dim=0).double()
-    target = bias.clone()
-    for group in (0, 1):
-        members = torch.from_numpy(np.flatnonzero(row == group))
-        target[members] += 0.05 * torch.sign(load[members].mean() - load[members])
-    update_group_biases([router])
+def uniform_use(*, sizes: dict[str, int], norm: str) -> dict[str, float]:
+    """Recorded balance losses when every expert of a group is used alike, and when one is preferred."""
+    config = tiny_config(num_moe_experts=sum(sizes.values()), moe_aux_loss_coeff=0.01)
+    router = make_router(config, groups=sizes, seed=3, balance_norm=norm)
+    found = {}
+    for use in ("uniform", "uneven"):
+        get_moe_metrics_tracker().metrics.clear()
+        states, types = [], []
+        for token_type, gate in zip((0, 2), router.gates.values(), strict=True):
+            count = len(gate)
+            gate.data.copy_(torch.eye(count, config.hidden_size))
+            # Row i scores expert i highest and i + 1 next, round and round: all get the same scores and choices.
+            row = torch.linspace(2.0, -1.0, count).tolist()
+            block = torch.tensor([row[-i:] + row[:-i] if i else row for i in range(count)] * 4)
+            if use == "uneven":
+                block[:count] = block[1].clone()
+            states.append(torch.nn.functional.pad(block, (0, config.hidden_size - count)))
+            types += [token_type] * len(block)
+        states = torch.cat(states).unsqueeze(1).requires_grad_()
+        router(states, torch.tensor(types, dtype=torch.int8).unsqueeze(1))
+        found[use] = recorded()
+    return found
+
+
+def jitter() -> dict[str, bool]:
+    """Whether noise is the same in the recomputed pass, differs between calls, and stays out of evaluation."""
+    router = make_router(tiny_config(moe_input_jitter_eps=0.3), groups={"understanding": 5, "generation": 3})
+    states, types = rows()
+    seen = []
+    router.register_forward_hook(lambda _, __, output: seen.append(output[0].detach().clone()))
+    probs, _ = run(router, states, types, recompute=True)
+    probs.sum().backward()
+    router(states, types)
+    router.eval()
+    router(states, types)
+    router(states, types)
     return {
-        "probs": (probs.detach().double(), expected[:, slots]),
-        "bias": (router.group_bias.double(), target),
-        "left": int(router.group_load.sum()),
+        "recomputed": torch.equal(seen[0], seen[1]),
+        "drawn again": not torch.equal(seen[0], seen[2]),
+        "evaluation": torch.equal(seen[3], seen[4]) and not torch.equal(seen[2], seen[3]),
     }
+
+
+def later_routers_start_elsewhere() -> bool:
+    """Whether two routers over one pool have weights of their own from the start."""
+    routers = {"text": (["text"], "all"), "drawing": (["generation_code"], "all")}
+    gates = make_router(tiny_config(), groups={"all": 8}, routers=routers).gates
+    return not torch.allclose(gates["text"], gates["drawing"], atol=0.1)

@@ -158,7 +158,7 @@ def train_until_signal(
     file: str, overrides: list[str], *, step: int, number: int, on_rank: int
 ) -> tuple[Verdict, list[dict[str, Any]]]:
     """As ``train_run``, with a signal to one rank's process after ``step``."""
-    from symbiotic.training import build
+    from symbiotic.training import run
 
     def build_with_signal(config):
         trainer = build_trainer(config)
@@ -170,11 +170,11 @@ def train_until_signal(
         trainer.callbacks.append(Watch(send))
         return trainer
 
-    build.build_trainer = build_with_signal
+    run.build_trainer = build_with_signal
     try:
         return train_run(file, overrides)
     finally:
-        build.build_trainer = build_trainer
+        run.build_trainer = build_trainer
 
 
 def _draws() -> list[float]:

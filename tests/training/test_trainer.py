@@ -62,20 +62,29 @@ def test_steps_after_the_last_checkpoint_are_done_again_alike(corpus, tmp_path):
     assert exactly(done[4]) == exactly(done[6]) and exactly(done[5]) == exactly(done[7])
 
 
+INTERLEAVED = [
+    "pipeline_model_parallel_size=2",
+    "virtual_pipeline_model_parallel_size=2",
+    "overlap_p2p_comm=true",
+    "batch_p2p_comm=false",
+]
+
+
 @pytest.mark.parametrize(
-    "layout",
+    ("layout", "blocks"),
     [
-        ["expert_model_parallel_size=2"],
-        ["pipeline_model_parallel_size=2"],
-        ["tensor_model_parallel_size=2", "sequence_parallel=true"],
+        (["expert_model_parallel_size=2"], 2),
+        (["pipeline_model_parallel_size=2"], 2),
+        (INTERLEAVED, 4),
+        (["tensor_model_parallel_size=2", "sequence_parallel=true"], 2),
     ],
-    ids=["expert 2", "pipeline 2", "tensor 2"],
+    ids=["expert 2", "pipeline 2", "interleaved pipeline 2x2", "tensor 2"],
 )
-def test_two_processes_train_like_one(corpus, tmp_path, layout):
+def test_two_processes_train_like_one(corpus, tmp_path, layout, blocks):
     """From one checkpoint, with the same microbatches: loss by class and gradient norm of 5 steps."""
     origin = tiny_file(corpus, tmp_path / "origin")
-    train(origin, "training.steps=2")
-    load = [f"checkpoint.load={tmp_path / 'origin'}", "training.steps=5"]
+    train(origin, "training.steps=2", f"model.blocks={blocks}")
+    load = [f"checkpoint.load={tmp_path / 'origin'}", "training.steps=5", f"model.blocks={blocks}"]
     _, alone = train(tiny_file(corpus, tmp_path / "alone"), *load)
     settings = [f"TransformerConfig.{setting}" for setting in layout]
     _, both = train(tiny_file(corpus, tmp_path / "both"), *load, *settings, world_size=2)
@@ -133,6 +142,13 @@ def refused(file: Path, *overrides: str) -> Exception:
     with pytest.raises(RankFailed) as failure:
         train(file, *overrides)
     return failure.value.exceptions[0]
+
+
+def test_an_interleaved_pipeline_of_two_stages_needs_overlapped_sends(corpus, tmp_path):
+    settings = [f"TransformerConfig.{setting}" for setting in INTERLEAVED[:2]]
+    with pytest.raises(RankFailed) as failure:
+        train(tiny_file(corpus, tmp_path / "run"), "model.blocks=4", *settings, world_size=2)
+    assert "overlap_p2p_comm" in str(failure.value.exceptions[0])
 
 
 def test_a_resume_with_other_stages_is_refused_with_the_difference(corpus, tmp_path):

@@ -55,7 +55,11 @@ CHECKS: tuple[Check, ...] = (
     training.check_retention,
 )
 
-DEVICE_CHECKS: tuple[Callable[..., None], ...] = (megatron.check_refused_settings, parallel.check_device)
+DEVICE_CHECKS: tuple[Callable[..., None], ...] = (
+    megatron.check_refused_settings,
+    megatron.check_recompute_modules,
+    parallel.check_device,
+)
 
 FILE_CHECKS: tuple[Check, ...] = (
     files.check_run_folder,

@@ -81,6 +81,19 @@ def check_recompute(config: Config) -> None:
         )
 
 
+def check_recompute_modules(config: Config, *, device: str) -> None:
+    """What Transformer Engine alone can recompute is refused where the layers are torch's."""
+    modules = value_of(config, "recompute_modules")
+    if not isinstance(modules, list) or (device != "cpu" and config.model.backend != "torch"):
+        return
+    for name in ("layernorm", "moe_act", "mla_up_proj"):
+        if name in modules:
+            raise config.origin.error(
+                (TRANSFORMER, "recompute_modules"),
+                f"names {name!r}, which only layers of Transformer Engine recompute, and these are torch's; remove it",
+            )
+
+
 def check_overlap(config: Config) -> None:
     """Overlapping the parameter gather needs the distributed optimizer and the overlapped gradient reduce."""
     if not value_of(config, "overlap_param_gather", section=DDP):

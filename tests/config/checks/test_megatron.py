@@ -74,6 +74,7 @@ def test_one_is_not_true_in_a_table_of_allowed_values():
         ),
         (f"{TRANSFORMER}.moe_aux_loss_coeff", [0.1], "= [0.1] doesn't go with moe_router_load_balancing_type"),
         (f"{TRANSFORMER}.recompute_granularity", "full", "= 'full' needs recompute_method (uniform or block)"),
+        (f"{TRANSFORMER}.recompute_modules", ["core_attn", "moe_act"], "names 'moe_act', which only layers of Trans"),
         (f"{TRANSFORMER}.recompute_num_layers", 1, "recompute_granularity is missing, so the other recompute settings"),
         (f"{DDP}.overlap_param_gather", True, "= true needs use_distributed_optimizer: true; set it"),
     ],

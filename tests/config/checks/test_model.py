@@ -14,6 +14,11 @@ def router(group, *types):
     return {"group": group, "types": list(types)}
 
 
+def own(*parts, start=None):
+    """The generation group with parts of its own."""
+    return {"groups.generation": {"experts": 4, "own": list(parts), "own_start": start}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -77,9 +82,32 @@ def router(group, *types):
         ),
         ({f"{T}.moe_router_enable_expert_bias": True}, "= true needs moe_router_score_function: sigmoid; set it"),
         (
-            {"run.device": "cuda", "shield.mode": "weights", f"{T}.gradient_accumulation_fusion": True},
-            "shield.mode = 'weights' doesn't reach fused weight gradients",
+            {"run.device": "cuda", "shield.targets": {"shared_expert": "weights"}, f"{T}.gradient_accumulation_fusion": True},
+            "shield.targets.shared_expert = 'weights' doesn't reach fused weight gradients",
         ),
+        (
+            {"run.device": "cuda", "shield.targets": {"norm": "weights"}, f"{T}.gradient_accumulation_fusion": True},
+            "shield.targets.norm = 'weights' doesn't reach fused weight gradients",
+        ),
+        (
+            {"shield.targets": {"embedding": "weights"}, "model.tie_embeddings": True, "rates": {"*": 1e-3}},
+            "shield.targets.embedding can't protect a tied embedding",
+        ),
+        ({"shield.targets": {"attention": "weights"}}, "shield.targets.attention = 'weights' is not one of output"),
+        (
+            {"shield.targets": {"attention": "output"}, **own("attention")},
+            "shield.targets.attention is given, but group 'generation' has its own attention",
+        ),
+        ({**own("mlp"), "model.dense_blocks": []}, "groups.generation.own names mlp, but the model has no dense block"),
+        (
+            {**own("norm"), "groups.understanding": {"experts": 12, "own": ["norm"]}},
+            "groups.understanding.own names norm, which every group has for itself then",
+        ),
+        ({**own("embedding")}, "groups.generation.own.0 = 'embedding' is not one of attention, norm, mlp"),
+        ({**own("norm", start="copy_of:understanding")}, "own_start = 'copy_of:understanding' is neither copy_from:GROUP nor"),
+        ({**own("norm", start="copy_from:undrstanding")}, "names no group: did you mean 'understanding'?"),
+        ({**own("norm", start="copy_from:generation")}, "= 'copy_from:generation' names the group itself"),
+        ({"groups.generation": {"experts": 4, "topk": 1}}, "groups.generation.topk = 1 differs from TransformerConfig.moe"),
         (
             {f"{T}.moe_shared_expert_gate": True, f"{T}.moe_shared_expert_intermediate_size": ...},
             "TransformerConfig.moe_shared_expert_gate = true, but there is no shared expert",
@@ -104,7 +132,11 @@ def test_an_impossible_model_is_refused(changes, message):
         {f"{T}.kv_channels": 32, f"{T}.num_attention_heads": 5, f"{T}.num_query_groups": 5},
         {f"{T}.moe_shared_expert_intermediate_size": ..., "rates": {"*": 1e-3}},
         {f"{T}.moe_router_enable_expert_bias": True, f"{T}.moe_router_score_function": "sigmoid"},
-        {"shield.mode": "weights"},
+        {"shield.targets": {"shared_expert": "weights"}},
+        {"shield.targets": {"shared_expert": None, "attention": "output", "norm": "weights", "embedding": "weights"}},
+        {**own("attention", "norm", "mlp", start="copy_from:understanding")},
+        {**own("attention", start="random")},
+        {"groups.generation": {"experts": 4, "topk": 2}},
         {**ALL, "routers": {"a": router("all", "text"), "b": router("all", "generation_code")}},  # Ming's common pool
         {
             "groups": {"text": {"experts": 4}, "reading": {"experts": 4}, "drawing": {"experts": 8}},

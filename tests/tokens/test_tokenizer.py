@@ -1,0 +1,82 @@
+from pydoc_data import topics
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+
+from symbiotic.errors import DataError
+from symbiotic.tokens.tokenizer import ROUND_TRIP_PROBE, Tokenizer
+
+TEXTS = list(topics.topics.values())[:10]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return Tokenizer.train(TEXTS, size=600, path=tmp_path_factory.mktemp("tokenizer") / "tokenizer.model")
+
+
+def test_ids_are_those_of_sentencepiece(tokenizer):
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    ids = tokenizer.encode(TEXTS[0])
+    assert ids.dtype == np.int32
+    assert ids.tolist() == processor.encode(TEXTS[0])
+    batch = tokenizer.encode_batch(TEXTS)
+    assert [part.tolist() for part in batch] == [processor.encode(text) for text in TEXTS]
+    assert tokenizer.size == processor.vocab_size() == 600
+
+
+# U+2581 stands for a space inside SentencePiece models, so that no model gives it back.
+@given(text=st.text().filter(lambda text: "\u2581" not in text))
+def test_every_text_survives(tokenizer, text):
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_no_text_becomes_a_control(tokenizer):
+    """The model has no control pieces: what looks like one is spelled out."""
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer.path))
+    assert not any(processor.is_control(piece) for piece in range(tokenizer.size))
+    assert len(tokenizer.encode("<s></s><unk><boi>")) > 5
+
+
+def test_training_is_deterministic(tokenizer, tmp_path):
+    again = Tokenizer.train(TEXTS, size=600, path=tmp_path / "tokenizer.model")
+    assert again.digest == tokenizer.digest
+    assert Tokenizer(again.path).digest == tokenizer.digest
+    other = Tokenizer.train(TEXTS[:9], size=600, path=tmp_path / "other.model")
+    assert other.digest != tokenizer.digest
+
+
+def test_round_trip_probe_finds_the_default_normaliser(tokenizer, tmp_path):
+    assert tokenizer.round_trips()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS),
+        model_prefix=str(tmp_path / "lossy"),
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    lossy = Tokenizer(tmp_path / "lossy.model")
+    assert lossy.round_trips("plain words")
+    assert not lossy.round_trips(ROUND_TRIP_PROBE)
+
+
+def test_ids_outside_the_model_are_refused(tokenizer):
+    for wrong in (-1, 600):
+        with pytest.raises(DataError, match=f"id {wrong} is no text piece"):
+            tokenizer.decode([1, wrong])
+
+
+def test_wrong_files_are_named(tmp_path):
+    missing, other = tmp_path / "tokenizer.model", tmp_path / "other.model"
+    with pytest.raises(DataError, match=r"tokenizer\.model: the tokenizer can't be read"):
+        Tokenizer(missing)
+    for content in (b"", b"no model"):
+        other.write_bytes(content)
+        with pytest.raises(DataError, match=r"other\.model: "):
+            Tokenizer(other)
+    with pytest.raises(DataError, match=r"tokenizer\.model: a tokenizer of 20 pieces can't be trained"):
+        Tokenizer.train(TEXTS, size=20, path=missing)
+    assert list(tmp_path.iterdir()) == [other]
