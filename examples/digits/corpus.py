@@ -43,7 +43,7 @@ GREY_LEVELS = 16
 READING_VARIANTS = 8
 """How often a training digit is read, each time augmented anew; 1400 images alone are learned by heart."""
 
-WRITTEN_WORDS = 4
+WRITTEN_WORDS = 8
 """One training word in so many is written as well as read: a word has six times the codes of a digit, and more of them
 would take the generation steps from the digits."""
 
@@ -136,7 +136,7 @@ def augment_digit(levels: np.ndarray, generator: np.random.Generator) -> np.ndar
 def render_word(word: str) -> np.ndarray:
     """A word in Pillow's built-in font: uint8 [12, 32], ink is bright as in the digits."""
     image = Image.new("L", (WORD_WIDTH, WORD_HEIGHT))
-    # The font's tallest letters start two pixels down, and its descenders need the row that this frees.
+    # The font leaves the first row free, and its descenders need one row more than there is.
     ImageDraw.Draw(image).text((1, -1), word, font=ImageFont.load_default(FONT_SIZE), fill=255)
     return np.asarray(image)
 

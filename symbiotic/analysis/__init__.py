@@ -4,7 +4,8 @@ Everything here works on an exported Hugging Face folder, in processes that neve
 
 - ``results``: measured figures in the form every report of this repository has, and their targets
 - ``judges``: pictures judged without the model (classifier, copies, diversity, Frechet distance)
-- ``sequences``, ``exported_model``: documents as model inputs; scoring and drawing with an exported model
-- ``reading``, ``text``, ``drawing``, ``expert_use``: the measurements
-- ``run_log``, ``figures``, ``page``: from a run's log and the measurements to one HTML page
+- ``exports``, ``exported_model``, ``sequences``: from a run to a model that scores, answers and draws
+- ``items``, ``evaluation``: held-out items of a corpus, and all that is measured on them, by way of ``reading``,
+  ``text``, ``drawing`` and ``expert_counter``
+- ``report``, with ``run_log``, ``expert_use``, ``figures``, ``page`` and ``table``: one table and one HTML page
 """

@@ -62,6 +62,8 @@ class ExportedModel:
         if getattr(model.config, "image_vocabulary", None) is None:
             raise CheckpointError(f"{folder}: config.json has no image_vocabulary: the model knows no images")
         processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        # Documents longer than a training sample are scored in windows: no warning about their length.
+        processor.tokenizer.model_max_length = 1 << 30
         return cls(model.to(device), processor, batch_size=batch_size)
 
     def sequence(self, *segments: Segment) -> TokenSequence:

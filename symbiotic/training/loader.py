@@ -24,7 +24,7 @@ TENSORS: dict[str, torch.dtype] = {
     "token_types": torch.int8,
     "loss_classes": torch.int8,
 }
-"""The tensors [b, s] of a microbatch (design.md, The way of the data), the widest dtypes first."""
+"""The tensors [b, s] of a microbatch (docs/architecture.md, The way of the data), the widest dtypes first."""
 
 
 class StepLoader:

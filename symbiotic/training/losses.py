@@ -4,8 +4,8 @@
 
 Both sums run over the *global batch*. The denominators are known before the forward pass (one all-reduce of three
 numbers a step), so loss and gradients don't depend on how the batch is cut into microbatches and ranks, and a
-class without a label contributes 0 while its labels, there being none, still hang on the graph (design.md, Loss
-normalisation). In code every label has a coefficient w_c * weight_t / total_c, and the loss is one dot product.
+class without a label contributes 0 while the graph stays connected (docs/architecture.md, Loss normalisation). In
+code every label has a coefficient w_c * weight_t / total_c, and the loss is one dot product.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ Imports megatron-core: on the CPU the entry point has entered the CPU device bef
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from symbiotic.errors import UserError
 from symbiotic.training.build import build_trainer
 from symbiotic.training.exits import EXIT_FILE, FAILED, Verdict, read_verdict
 from symbiotic.training.setup import check_layout_supported
-
-log = logging.getLogger(__name__)
 
 
 def train(config: Config) -> Verdict:

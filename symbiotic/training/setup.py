@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from symbiotic.config import Config, layer_pattern, parallel_layout
 from symbiotic.config.megatron import transformer_config
 from symbiotic.errors import CheckpointError
-from symbiotic.model.balance import KINDS
+from symbiotic.model.balance import KINDS, ORTHOGONALITY
 from symbiotic.model.from_config import partition_from_config
 from symbiotic.model.partition import ExpertPartition
 from symbiotic.tokens.vocabulary import VocabularyLayout
@@ -105,6 +105,8 @@ def _starting_partition(config: Config) -> ExpertPartition:
             f"{folder / 'partition.json'}: its hash is {loaded.hash}, that of partition.path={config.partition.path} "
             f"is {configured.hash}; remove partition.path, or load the checkpoint that was split by that table"
         )
+    if loaded.hash != configured.hash:
+        log.info("expert partition taken from %s (hash %s)", folder / "partition.json", loaded.hash[:12])
     return loaded
 
 
@@ -156,4 +158,5 @@ def balance_names(config: Config, transformer: TransformerConfig) -> list[str]:
         kinds, coefficients = [kinds], [coefficients]
     active = [kind for kind, coefficient in zip(kinds, coefficients, strict=True) if kind in KINDS and coefficient]
     names = [f"{KINDS[kind]}.{group}" for kind in active for group in config.groups]
-    return names + (["z_loss"] if transformer.moe_z_loss_coeff else [])
+    names += ["z_loss"] if transformer.moe_z_loss_coeff else []
+    return names + ([f"{ORTHOGONALITY}.{router}" for router in config.routers] if config.balance.orthogonality else [])

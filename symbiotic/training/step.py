@@ -19,6 +19,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from symbiotic.model.router import update_group_biases
 from symbiotic.training.forward import run_schedule, sum_over_ranks
 from symbiotic.training.loader import Microbatch
 from symbiotic.training.losses import LossNormaliser, class_totals, mean_by_class
@@ -95,10 +96,16 @@ def connect(config: TransformerConfig, chunks: Sequence[Any], optimizer: Megatro
 
     ddp = chunks[0].ddp_config
     config.grad_scale_func = optimizer.scale_loss
-    config.finalize_model_grads_func = finalize_model_grads
+    config.finalize_model_grads_func = finalize_gradients
     if ddp.overlap_grad_reduce:
         config.no_sync_func = one_or_all([chunk.no_sync for chunk in chunks])
         if chunks[0].config.pipeline_model_parallel_size > 1:
             config.grad_sync_func = one_or_all([chunk.start_grad_sync for chunk in chunks])
     if ddp.overlap_param_gather and ddp.align_param_gather:
         config.param_sync_func = one_or_all([chunk.start_param_sync for chunk in chunks])
+
+
+def finalize_gradients(model: list[Any], *arguments: Any, **options: Any) -> None:
+    """Megatron's reduction of all gradients, then the update of the routers' biases, each inside its expert group."""
+    finalize_model_grads(model, *arguments, **options)
+    update_group_biases(model)

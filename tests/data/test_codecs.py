@@ -86,7 +86,7 @@ def test_digits_are_recognised_after_the_codec():
     codec = PatchCodebook.fit(pixels[:1400], codes=64, stride=2)
     decoded = np.stack([codec.decode(codec.encode(image)) for image in pixels[1400:]]).reshape(397, 64) * (16 / 255)
     judge = SVC(gamma=0.001, C=10).fit(digits.data[:1400], digits.target[:1400])
-    # This judge reads 96.7 % of the originals; 96.0 % of reconstructions were measured, with a standard error of 1 point.
+    # Measured: 96.7 % of the originals, 96.0 % of reconstructions, with a standard error of 1 point.
     assert judge.score(decoded, digits.target[1400:]) > 0.93
 
 

@@ -10,13 +10,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallelConfig
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from symbiotic.config.pattern import LayerPattern
 from symbiotic.model.shield import set_shield_factors
 from symbiotic.training.chunks import wrap_chunks
+from symbiotic.training.step import finalize_gradients
 from tests.model.shards import Shard
 from tests.model.tiny import tiny_batch, tiny_config, tiny_model, tiny_plan
 
@@ -95,7 +96,7 @@ def fill_weights(model: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def gradient_shards(chunks: list[torch.nn.Module]) -> list[Shard]:
-    """This rank's gradients by checkpoint key, in place of the weights, which are gone then."""
+    """This rank's gradients, and buffers as they are, by checkpoint key. The weights are gone then."""
     shards = []
     for chunk in chunks:
         for parameter in chunk.parameters():
@@ -152,7 +153,7 @@ def one_step(
         micro_batch_size=len(batches[0]["tokens"]),
         forward_only=False,
     )
-    finalize_model_grads(wrapped)
+    finalize_gradients(wrapped)
     scalars = _Scalars()
     get_moe_metrics_tracker().report(
         loss_scale=1.0 / len(batches), iteration=0, writer=scalars, force_initialize=True, track_names=list(metrics),

@@ -39,6 +39,14 @@ FEATURES = {
         },
         "metrics": (*BALANCE, "z_loss", *(f"router_orthogonality.{name}" for name in GROUPS)),
     },
+    "bias": {
+        "plan": {"groups": GROUPS},
+        "config": {
+            "moe_router_score_function": "sigmoid",
+            "moe_router_enable_expert_bias": True,
+            "moe_router_bias_update_rate": 0.05,
+        },
+    },
     "routers-over-one-pool": {
         "plan": {"groups": {"all": 8}, "routers": POOL},
         "config": {"moe_aux_loss_coeff": 0.1},

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from symbiotic.model.partition import at_random, by_index
 from symbiotic.model.placement import slot_to_expert
+from tests.support.ranks import run_ranks
 
 
 @given(
@@ -48,3 +50,44 @@ def test_one_rank_or_one_group_keeps_the_order():
     mixed = at_random({"a": 5, "b": 3}, [0], seed=1).assignment[0]
     assert slot_to_expert(mixed, 1).tolist() == list(range(8))
     assert slot_to_expert(np.zeros(8, dtype=int), 4).tolist() == list(range(8))
+
+
+CASES = "tests.model.cases_experts"
+SIZES = {"understanding": 13, "generation": 9}
+
+
+def assert_same_outputs(actual, expected, *, topk):
+    """A token's results are summed in slot order, which two summands don't notice."""
+    if topk == 2:
+        assert torch.equal(actual, expected)
+    used = expected.isfinite()
+    torch.testing.assert_close(actual[used], expected[used], rtol=1e-6, atol=1e-6 * float(expected[used].abs().max()))
+
+
+@pytest.mark.parametrize("topk", [2, 8])
+def test_placement_changes_no_output(topk):
+    ((plain, placed),) = run_ranks(f"{CASES}:pretended_placement", topk=topk, sizes=SIZES)
+    assert_same_outputs(placed, plain, topk=topk)
+
+
+@pytest.mark.parametrize("topk", [2, 8])
+def test_a_checkpoint_finds_its_experts_at_another_expert_parallel_size_and_back(topk, tmp_path):
+    setup = {
+        "plan": {"groups": SIZES, "partition": at_random(SIZES, [0, 1], seed=5)},
+        "config": {"num_moe_experts": 22, "moe_router_topk": topk},
+    }
+    folders = [str(tmp_path / name) for name in ("one", "two")]
+    run_ranks(f"{CASES}:save", folder=folders[0], **setup)
+    (expected,) = run_ranks(f"{CASES}:loaded_logits", folder=folders[0], **setup)
+    apart = run_ranks(
+        f"{CASES}:loaded_logits",
+        world_size=2,
+        layout={"expert": 2, "expert_tensor": 1},
+        folder=folders[0],
+        save_to=folders[1],
+        **setup,
+    )
+    for actual in apart:
+        assert_same_outputs(actual, expected, topk=topk)
+    (back,) = run_ranks(f"{CASES}:loaded_logits", folder=folders[1], **setup)
+    assert torch.equal(back, expected)

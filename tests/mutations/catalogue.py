@@ -35,9 +35,9 @@ MODEL = [
     ),
     Mutation(
         name="shield-off",
-        file="symbiotic/model/moe_layer.py",
-        old="compute = partial(self.shield, self.shared_experts)",
-        new="compute = lambda hidden_states, token_types: self.shared_experts(hidden_states)",
+        file="symbiotic/model/shield.py",
+        old="self.active = bool((values != 1.0).any())",
+        new="self.active = False",
         test="tests/model/test_shield.py::test_factor_zero_sends_exactly_nothing[plain]",
         why="generation rows sent their gradient into the shared expert",
     ),

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from symbiotic.config import load_config
 from symbiotic.training.build import build_trainer
@@ -20,15 +19,9 @@ from symbiotic.training.trainer import Trainer
 
 def train_run(file: str, overrides: list[str] | None = None) -> tuple[Verdict, list[dict[str, Any]]]:
     """Train as pretrain_symbiotic.py does; the verdict and what the run has logged so far. Makes its own groups."""
-    _forget_loss_scale()
     config = load_config(file, overrides or [])
     verdict = train(config)
     return verdict, read_log(config.run.folder)
-
-
-def _forget_loss_scale() -> None:
-    """Megatron keeps the scale of auxiliary losses in a class, with the shape of whoever set it first."""
-    MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 def read_log(folder: str) -> list[dict[str, Any]]:
@@ -39,7 +32,6 @@ def read_log(folder: str) -> list[dict[str, Any]]:
 @contextmanager
 def trainer_of(file: str, overrides: list[str] | None = None) -> Iterator[Trainer]:
     """A Trainer on groups that exist."""
-    _forget_loss_scale()
     trainer = build_trainer(load_config(file, overrides or []))
     try:
         yield trainer
@@ -275,3 +267,19 @@ def shields_by_step(file: str, overrides: list[str]) -> list[set[float]]:
         trainer.callbacks.append(Watch(look))
         trainer.fit()
     return seen
+
+
+def biases_after_training(file: str, overrides: list[str]) -> dict[str, float]:
+    """The largest router bias of each expert group after a run."""
+    from symbiotic.model.moe_layer import moe_layers
+
+    with trainer_of(file, overrides) as trainer:
+        trainer.fit()
+        found: dict[str, float] = {}
+        for chunk in trainer.chunks:
+            for layer in moe_layers(chunk):
+                experts = layer.router.experts
+                for index, group in enumerate(experts.routing.groups):
+                    bias = layer.router.group_bias[torch.from_numpy(experts.group_of_expert == index)]
+                    found[group] = max(found.get(group, 0.0), float(bias.abs().max()))
+        return found

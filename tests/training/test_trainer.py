@@ -50,6 +50,19 @@ def test_stop_and_resume_is_bit_for_bit_the_run_that_never_stopped(corpus, tmp_p
     assert [event["step"] for event in parts if event["event"] == "resume"] == [2, 5]
 
 
+@pytest.mark.parametrize("distributed", ["false", "true"])
+def test_a_resume_in_another_layout_goes_on_alike(corpus, tmp_path, distributed):
+    """Weights and optimizer of one process go on under expert parallelism, on the same samples."""
+    optimizer = f"DistributedDataParallelConfig.use_distributed_optimizer={distributed}"
+    _, whole = train(tiny_file(corpus, tmp_path / "whole"), optimizer)
+    file = tiny_file(corpus, tmp_path / "parts")
+    train(file, optimizer, "training.exit_after_steps=4")
+    _, parts = train(file, optimizer, "TransformerConfig.expert_model_parallel_size=2", world_size=2)
+    for step, event in steps(whole).items():
+        assert steps(parts)[step]["loss"] == pytest.approx(event["loss"], rel=1e-5)
+        assert steps(parts)[step]["grad_norm"] == pytest.approx(event["grad_norm"], rel=1e-4)
+
+
 def test_steps_after_the_last_checkpoint_are_done_again_alike(corpus, tmp_path):
     """As after a kill: the newest checkpoint lies before the last logged step."""
     file = tiny_file(corpus, tmp_path / "run")

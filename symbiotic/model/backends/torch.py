@@ -107,7 +107,7 @@ class TorchAttention(MegatronModule):
 class TorchExperts(SequentialMLP):
     """Routed experts, one Parameter each, as matmuls without per-expert module calls.
 
-    On a CPU a plain loop of matmuls is as fast as ``grouped_mm`` (benchmarks/README.md); on a GPU in bfloat16 the
+    On a CPU a plain loop of matmuls is as fast as ``grouped_mm``; on a GPU in bfloat16 the
     weights are gathered for one grouped matmul. With expert tensor parallelism > 1 the stock modules do the work.
     Construction, parameter names and checkpoint keys are SequentialMLP's.
     """

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from symbiotic.data.blend import BlendedDataset
 from symbiotic.distributed.agreement import on_rank_zero
 from symbiotic.errors import CheckpointError
+from symbiotic.model.own_start import load_with_own_parts
 from symbiotic.model.partition import ExpertPartition
 from symbiotic.training.checkpoint.storage import CheckpointStore, load_checkpoint
 from symbiotic.training.checkpoint.weights import open_weights
@@ -119,7 +121,7 @@ class CheckpointManager:
         self._set_optimizer_state(loaded["optimizer"], folder)
         if same_layout:
             set_rng_state(loaded["rng"])
-        else:
+        elif torch.distributed.get_rank() == 0:
             log.warning(
                 "%s was saved in another parallel layout (%s, now %s): dropout and jitter go on from other random "
                 "numbers than in the run that never stopped", folder, saved["layout"], layout()
@@ -130,9 +132,16 @@ class CheckpointManager:
         """Take the model's weights from a checkpoint of a run or from one of weights only. Collective.
 
         Raises:
-            CheckpointError: it is damaged, or of another model.
+            CheckpointError: it is damaged, or of another model, or lacks parts that a group has for itself without a
+                word in the configuration on how they start.
         """
-        loaded = load_checkpoint(folder, self._model_state(), verify=self.store.verify)
+        loaded = load_with_own_parts(
+            self._model_state(),
+            load=partial(load_checkpoint, folder, verify=self.store.verify),
+            available=on_rank_zero(lambda: open_weights(folder).keys()),
+            starts={name: group.get("own_start") for name, group in self._config["groups"].items()},
+            source=str(folder),
+        )
         self._set_model_state(loaded)
         # The optimizer's float32 masters are copies of the weights that were just replaced.
         self._optimizer.reload_model_params()

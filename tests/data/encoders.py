@@ -1,0 +1,40 @@
+"""A small tokenizer, codec and vocabulary that belong together, for tests of preprocessing."""
+
+from pathlib import Path
+
+import numpy as np
+
+from symbiotic.data.codecs import PatchCodebook, png_bytes
+from symbiotic.data.encoding import EncoderFiles
+from symbiotic.tokens.tokenizer import Tokenizer
+from symbiotic.tokens.vocabulary import VocabularyLayout
+
+NUM_CODES = 16
+
+
+def small_image(seed: int) -> np.ndarray:
+    """A random grey image, uint8 [4, 4, 1]: 2x2 codes."""
+    return np.random.default_rng(seed).integers(0, 256, (4, 4, 1), dtype=np.uint8)
+
+
+def make_encoder_files(folder: Path) -> EncoderFiles:
+    """Write 280 pieces, 16 codes, a vocabulary of images of 2x2 and 1x3 codes, and an image root with ``0.png``."""
+    image_root = folder / "images"
+    image_root.mkdir(parents=True)
+    (image_root / "0.png").write_bytes(png_bytes(small_image(0)))
+    tokenizer = Tokenizer.train(["draw and read seven pictures " * 20], size=280, path=folder / "tokenizer.model")
+    PatchCodebook.fit(map(small_image, range(50)), codes=NUM_CODES, stride=2).save(folder / "codec")
+    layout = VocabularyLayout.build(
+        text_size=tokenizer.size,
+        codebook_size=NUM_CODES,
+        resolutions=[(2, 2), (1, 3)],
+        multiple=64,
+        tokenizer_digest=tokenizer.digest,
+    )
+    layout.save(folder / "vocabulary.json")
+    return EncoderFiles(
+        vocabulary=folder / "vocabulary.json",
+        tokenizer=tokenizer.path,
+        codec=folder / "codec",
+        image_root=image_root,
+    )
