@@ -77,6 +77,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         "variable_seq_lengths": False,
         "transformer_impl": "local" if backend == "torch" else "transformer_engine",
         "moe_grouped_gemm": backend == "transformer_engine",
+        "cuda_graph_modules": [],  # graphs are refused; Megatron's default warns that it is deprecated
     }
     return _build(TransformerConfig, config.transformer, derived, section=TRANSFORMER, config=config)
 

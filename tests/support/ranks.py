@@ -8,6 +8,7 @@ be picklable. A failure of any rank is raised here with that rank's traceback.
 """
 
 import atexit
+import gc
 import importlib
 import io
 import multiprocessing
@@ -192,6 +193,7 @@ def _serve(connection: Connection) -> None:
     from symbiotic.distributed.cpu_device import enter_cpu_device
 
     enter_cpu_device()
+    gc.freeze()  # what was imported stays; each call's collection below then looks at that call's objects only
     while True:
         try:
             job = _unpacked(connection.recv_bytes())
@@ -224,6 +226,8 @@ def _run(job: _Job) -> _Answer:
     finally:
         destroy_processes()
         _forget_megatron_state()
+        # A trainer is full of reference cycles, and each process group that one keeps alive has running threads.
+        gc.collect()
         os.environ.clear()
         os.environ.update(before)
         sys.stdout.flush()
