@@ -111,9 +111,7 @@ class GroupedSelfAttention(SelfAttention):
             rows: [s, b, h], the whole sequence.
             token_types: int8 [s, b].
         """
-        mixed = self.own.run(
-            "attention", "linear_qkv", shared=self.linear_qkv, rows=rows, token_types=token_types
-        )
+        mixed = self.own.run("attention", "linear_qkv", shared=self.linear_qkv, rows=rows, token_types=token_types)
         size, groups = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
         heads_of_group = self.num_attention_heads_per_partition // groups
         # Stored as q q k v | q q k v | ..., a block for each query group.

@@ -187,9 +187,7 @@ def block_of_key(match: re.Match[str]) -> int:
     return (int(match["layer"]) - 1) // 2
 
 
-def _block(
-    match: re.Match[str], tensor: Tensor, blocks: Iterable[int], num_experts: int, *, source: str
-) -> int:
+def _block(match: re.Match[str], tensor: Tensor, blocks: Iterable[int], num_experts: int, *, source: str) -> int:
     block = block_of_key(match)
     if block not in blocks or tensor.shape[0] != num_experts:
         raise CheckpointError(

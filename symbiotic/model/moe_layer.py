@@ -65,9 +65,7 @@ class GroupedMoELayer(MoELayer):
         name: str | None = None,
     ) -> None:
         experts = layer_experts(plan, layer_number, ep_size=get_pg_size(pg_collection.ep))
-        router = partial(
-            GroupRouter, experts=experts, balance_norm=plan.balance_norm, orthogonality=plan.orthogonality
-        )
+        router = partial(GroupRouter, experts=experts, balance_norm=plan.balance_norm, orthogonality=plan.orthogonality)
         super().__init__(
             config=config,
             submodules=replace(submodules, router=router),

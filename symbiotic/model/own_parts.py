@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from symbiotic.model.plan import ModelPlan
 
 
-
 def run_by_branch(modules: Sequence[nn.Module], rows: Tensor, branches: Tensor) -> Tensor:
     """Each row through the module of its branch.
 

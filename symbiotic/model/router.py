@@ -132,7 +132,9 @@ class GroupRouter(TopKRouter):
             start += len(logical)
         table("row_of_slot", row_of_slot.max(axis=0) if not routing.shares_groups else row_of_slot)
         table("usage", np.zeros((NUM_TOKEN_TYPES, len(group_of_slot)), dtype=np.int64))
-        self.in_order = not routing.shares_groups and bool((row_of_slot.max(axis=0) == np.arange(len(group_of_slot))).all())
+        self.in_order = not routing.shares_groups and bool(
+            (row_of_slot.max(axis=0) == np.arange(len(group_of_slot))).all()
+        )
         for group in range(len(routing.groups)):
             table(f"slots_of_group_{group}", experts.slots_of_group(group))
 
@@ -174,9 +176,7 @@ class GroupRouter(TopKRouter):
                 self.config.init_method(fresh)
                 joint = fresh.to(joint.dtype)
             rows = torch.from_numpy(self.experts.experts_of_router(index))
-            self.add_module(
-                name, RouterGate(joint[rows].clone(), sequence_parallel=self.config.sequence_parallel)
-            )
+            self.add_module(name, RouterGate(joint[rows].clone(), sequence_parallel=self.config.sequence_parallel))
 
     @property
     def gates(self) -> dict[str, nn.Parameter]:
@@ -244,7 +244,7 @@ class GroupRouter(TopKRouter):
         return probs_NE, map_NE
 
     def apply_input_jitter(self, input: Tensor) -> Tensor:
-        """Multiply every input by uniform noise around 1, in training only (the stock router also does in evaluation)."""
+        """Multiply every input by uniform noise around 1, in training only (the stock router does it always)."""
         return super().apply_input_jitter(input) if self.training else input
 
     def apply_z_loss(self, logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:

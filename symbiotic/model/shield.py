@@ -18,6 +18,7 @@ where configured. An embedding has no input gradient, so that scaling its output
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,13 +32,13 @@ class ScaleRowGradient(torch.autograd.Function):
     """Identity in forward, bit for bit; in backward row i's gradient is multiplied by ``factors[i]``."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, factors: Tensor) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, factors: Tensor) -> Tensor:
         """rows [..., h]; factors float32 [...], or with axes of size 1."""
         ctx.save_for_backward(factors)
         return rows.view_as(rows)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Scale in float32, so that 0.1 is not rounded to bfloat16 first."""
         (factors,) = ctx.saved_tensors
         return (gradient * factors.unsqueeze(-1)).to(gradient.dtype), None

@@ -149,7 +149,9 @@ def pretended_placement(*, topk: int, sizes: dict[str, int]) -> tuple[Tensor, Te
     return logits(plain), logits(placed)
 
 
-def own_parts_loaded(*, folder: str, starts: dict[str, str | None], plan: dict[str, Any], **setup: Any) -> dict[str, Any]:
+def own_parts_loaded(
+    *, folder: str, starts: dict[str, str | None], plan: dict[str, Any], **setup: Any
+) -> dict[str, Any]:
     """Weights by name after loading a checkpoint, and what they were before."""
     from symbiotic.training.checkpoint.weights import read_metadata
 

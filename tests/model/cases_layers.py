@@ -68,7 +68,9 @@ def experts_against_stock(*, tokens_per_expert: list[int]) -> dict:
 def norm_parameters(*, normalization: str, sequence_parallel: bool) -> dict[str, bool]:
     """Name -> marked for the sequence-parallel gradient reduction."""
     config = tiny_config(
-        normalization=normalization, sequence_parallel=sequence_parallel, tensor_model_parallel_size=1 + sequence_parallel
+        normalization=normalization,
+        sequence_parallel=sequence_parallel,
+        tensor_model_parallel_size=1 + sequence_parallel,
     )
     norm = TorchNorm(config=config, hidden_size=32, eps=1e-5)
     return {name: parameter.sequence_parallel for name, parameter in norm.named_parameters()}

@@ -39,7 +39,12 @@ def layout_fields(*, virtual: int | None = None) -> dict[str, Any]:
 
 
 def build_chunks(
-    *, plan: dict[str, Any], config: dict[str, Any], blocks: int = 2, dense: tuple[int, ...] = (), virtual: int | None = None
+    *,
+    plan: dict[str, Any],
+    config: dict[str, Any],
+    blocks: int = 2,
+    dense: tuple[int, ...] = (),
+    virtual: int | None = None,
 ) -> list[torch.nn.Module]:
     """This rank's chunks of a model of ``blocks`` blocks; every weight a function of its key and place alone."""
     transformer = tiny_config(num_layers=2 * blocks, **layout_fields(virtual=virtual), **config)
@@ -53,9 +58,7 @@ def build_chunks(
         chunk = tiny_model(
             config=transformer,
             plan=tables,
-            pattern=pattern.text(
-                pipeline=transformer.pipeline_model_parallel_size, virtual_pipeline=virtual
-            ),
+            pattern=pattern.text(pipeline=transformer.pipeline_model_parallel_size, virtual_pipeline=virtual),
             pre_process=first,
             post_process=last,
             vp_stage=vp_stage,
@@ -157,7 +160,8 @@ def one_step(
     scalars = _Scalars()
     get_moe_metrics_tracker().report(
         loss_scale=1.0 / len(batches), iteration=0, writer=scalars, force_initialize=True, track_names=list(metrics),
-        num_layers=2 * blocks, moe_layer_freq=[int(symbol == "E") for symbol in LayerPattern.from_blocks(blocks, dense).text()],
+        num_layers=2 * blocks,
+        moe_layer_freq=[int(symbol == "E") for symbol in LayerPattern.from_blocks(blocks, dense).text()],
     )  # fmt: skip
     return {
         "losses": losses,

@@ -106,9 +106,7 @@ def own_against_where(*, own: dict[str, tuple[str, ...]], config: dict[str, Any]
             if f"{name}.weight" in leaves or (isinstance(module, MLP) and f"{name}.linear_fc1.weight" in leaves):
                 module.register_forward_hook(_where(name, leaves, drawn))
     losses = [run(model), run(plain)]
-    expected = gradients(plain) | {
-        _own_name(name): leaf.grad for name, leaf in leaves.items() if leaf.grad is not None
-    }
+    expected = gradients(plain) | {_own_name(name): leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {"losses": losses, "gradients": [gradients(model), expected], "own": sorted(map(_own_name, leaves))}
 
 

@@ -76,9 +76,7 @@ def one_group_against_stock(*, overrides: dict, recompute: bool) -> dict:
         # The stock z-loss has two formulas, equal but for rounding; with a mask, even an empty one, it is ours.
         mask = torch.zeros_like(types, dtype=torch.bool) if config.moe_z_loss_coeff else None
         torch.manual_seed(11)  # of the jitter
-        probs, routing_map = run(
-            router, states, mask if build is stock_router else types, recompute=recompute
-        )
+        probs, routing_map = run(router, states, mask if build is stock_router else types, recompute=recompute)
         gradients = _gradients(router, states, probs, upstream)
         logged = {name: entry.values.clone() for name, entry in get_moe_metrics_tracker().metrics.items()}
         results.append((probs, routing_map, gradients, logged))
@@ -108,7 +106,16 @@ def padding_against_stock(*, recompute: bool) -> dict:
     return {"input": (expected, actual), "weight": (expected_weight, actual_weight)}
 
 
-def balance_against_formula(*, kind: str, sizes: dict[str, int], types: tuple[int, ...], seed: int = 2, topk: int = 2, norm: str = "megatron", recompute: bool = False) -> dict:
+def balance_against_formula(
+    *,
+    kind: str,
+    sizes: dict[str, int],
+    types: tuple[int, ...],
+    seed: int = 2,
+    topk: int = 2,
+    norm: str = "megatron",
+    recompute: bool = False,
+) -> dict:
     """Recorded balance losses by group and the router's gradient against the formula in float64 with autograd."""
     coefficient = 0.01
     experts = sum(sizes.values())
@@ -126,7 +133,7 @@ def balance_against_formula(*, kind: str, sizes: dict[str, int], types: tuple[in
     found = {name.split(".")[1]: loss for name, loss in recorded().items()}
 
     factor = topk if norm == "hunyuan" else 1
-    expected, total, gradients = {}, 0.0, {}
+    expected, gradients = {}, {}
     flat = states.detach().double()
     for index, (name, gate) in enumerate(router.gates.items()):
         weight = gate.detach().double().requires_grad_()
@@ -186,9 +193,7 @@ def bias_against_stock(*, recompute: bool) -> dict:
         stock_probs, stock_map = run(stock, states, None, recompute=recompute)
         our_probs, our_map = run(ours, states, types, recompute=recompute)
         (stock_probs.sum() + our_probs.sum()).backward()
-        stock.expert_bias.copy_(
-            get_updated_expert_bias(stock.local_tokens_per_expert, stock.expert_bias, 0.05)
-        )
+        stock.expert_bias.copy_(get_updated_expert_bias(stock.local_tokens_per_expert, stock.expert_bias, 0.05))
         stock.local_tokens_per_expert.zero_()
         update_group_biases([ours])
         trail.append((torch.equal(stock_probs, our_probs), torch.equal(stock_map, our_map)))

@@ -38,9 +38,7 @@ def everything_at_once(
         moe_router_bias_update_rate=RATE,
         **overrides,
     )
-    router = make_router(
-        config, groups=sizes, routers=routers, seed=seed, ep_size=ep_size, orthogonality=orthogonality
-    )
+    router = make_router(config, groups=sizes, routers=routers, seed=seed, ep_size=ep_size, orthogonality=orthogonality)
     if bias:
         router.group_bias.copy_(torch.linspace(-0.3, 0.3, len(router.group_bias)))
     states, types = rows(seed=seed, types=(0, 1, 2, 15), length=16)

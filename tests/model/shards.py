@@ -26,7 +26,9 @@ def assemble(shards: Iterable[Shard], *, tolerance: float = 1e-6) -> dict[str, t
         tensor = whole.setdefault(shard.key, torch.full(shard.shape, float("nan")))
         known = tensor[shard.place]
         if not known.isnan().any():
-            torch.testing.assert_close(shard.data, known, rtol=1e-5, atol=tolerance, msg=lambda text: f"{shard.key}: {text}")
+            torch.testing.assert_close(
+                shard.data, known, rtol=1e-5, atol=tolerance, msg=lambda text, key=shard.key: f"{key}: {text}"
+            )
         tensor[shard.place] = shard.data
     missing = [key for key, tensor in whole.items() if tensor.isnan().any()]
     assert not missing, f"no rank holds all of {missing}"

@@ -40,7 +40,9 @@ def test_each_group_is_balanced_over_its_own_tokens(kind, types, norm, recompute
 
 @pytest.mark.parametrize(("norm", "uniform"), [("megatron", 1.0), ("hunyuan", 2.0)])
 def test_one_at_uniform_use_whatever_the_groups_size(norm, uniform):
-    (found,) = run_ranks("tests.model.cases_router:uniform_use", sizes={"understanding": 13, "generation": 5}, norm=norm)
+    (found,) = run_ranks(
+        "tests.model.cases_router:uniform_use", sizes={"understanding": 13, "generation": 5}, norm=norm
+    )
     for group in ("understanding", "generation"):
         name = f"load_balancing_loss.{group}"
         assert found["uniform"][name] == pytest.approx(uniform, rel=1e-6)

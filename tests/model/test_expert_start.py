@@ -37,9 +37,7 @@ def joint(*, experts=5, layers=(1, 5), bias=True):
 
 def started(start, *, seed=9):
     partition = at_random(SIZES, [0, 2], seed=seed)
-    stream = start_groups(
-        joint(), partition=partition, starts={"generation": start}, normal=NORMAL, source="step-5"
-    )
+    stream = start_groups(joint(), partition=partition, starts={"generation": start}, normal=NORMAL, source="step-5")
     return partition, dict(stream)
 
 
@@ -100,7 +98,11 @@ def test_drawn_experts_follow_the_configured_distribution_and_the_seed_only():
     stream = reversed(list(joint()))
     again = dict(
         start_groups(
-            stream, partition=partition, starts={"understanding": "random", "generation": "random"}, normal=NORMAL, source=""
+            stream,
+            partition=partition,
+            starts={"understanding": "random", "generation": "random"},
+            normal=NORMAL,
+            source="",
         )
     )
     assert torch.equal(again[key][partition.experts_of(0, "generation")], drawn)
@@ -123,7 +125,7 @@ def test_impossible_starts_are_named(starts, message):
 
 def test_other_models_are_refused():
     partition = at_random(SIZES, [0, 2], seed=1)
-    with pytest.raises(CheckpointError, match="router.weight has 6 experts in block 0, expected 5 in blocks"):
+    with pytest.raises(CheckpointError, match=r"router\.weight has 6 experts in block 0, expected 5 in blocks"):
         dict(start_groups(joint(experts=6), partition=partition, starts={}, normal=NORMAL, source="x"))
     with pytest.raises(CheckpointError, match=r"in block 1, expected 5 in blocks \[0, 2\]"):
         dict(start_groups(joint(layers=(3,)), partition=partition, starts={}, normal=NORMAL, source="x"))

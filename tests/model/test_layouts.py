@@ -120,7 +120,7 @@ def test_recompute_under_tensor_parallelism(feature):
 
 
 def test_global_balance_is_over_all_data_parallel_ranks():
-    """``global_aux_loss`` is a running mean over microbatches: two ranks with one microbatch each are one microbatch."""
+    """``global_aux_loss`` is a running mean over microbatches: two ranks with one each are one microbatch."""
     settings = {
         "plan": {"groups": GROUPS},
         "config": {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.2},

@@ -24,7 +24,8 @@ FLOAT64 = "tests.model.cases_router_float64"
         {"moe_input_jitter_eps": 0.1},
     ],
     ids=[
-        "post-softmax", "pre-softmax-scaled", "sigmoid", "seq-aux", "global-aux", "two-aux", "fp64-top1", "z-loss", "jitter"
+        "post-softmax", "pre-softmax-scaled", "sigmoid", "seq-aux", "global-aux", "two-aux", "fp64-top1", "z-loss",
+        "jitter",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recompute"])
@@ -117,7 +118,11 @@ def test_everything_at_once(ep_size, recompute):
     [
         (
             {"all": 8},
-            {"text": (["text"], "all"), "reading": (["understanding_code"], "all"), "drawing": (["generation_code"], "all")},
+            {
+                "text": (["text"], "all"),
+                "reading": (["understanding_code"], "all"),
+                "drawing": (["generation_code"], "all"),
+            },
         ),
         (
             {"understanding": 5, "generation": 3},
@@ -164,7 +169,9 @@ def test_jitter_is_recomputed_as_it_was_and_stays_out_of_evaluation():
     assert result == {"recomputed": True, "drawn again": True, "evaluation": True}
 
 
-@pytest.mark.parametrize(("mode", "grad"), [("training", True), ("training", False), ("evaluation", False), ("off", True)])
+@pytest.mark.parametrize(
+    ("mode", "grad"), [("training", True), ("training", False), ("evaluation", False), ("off", True)]
+)
 def test_usage_is_counted_once_by_type_and_logical_expert(mode, grad):
     ((counts, recount),) = run_ranks(f"{CASES}:usage_counts", mode=mode, grad=grad)
     counted = mode == "evaluation" or (mode == "training" and grad)

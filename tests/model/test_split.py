@@ -9,9 +9,7 @@ from symbiotic.model.routing import RoutingTable
 from symbiotic.model.split import split_routers
 
 SIZES = {"understanding": 3, "generation": 2}
-ROUTING = RoutingTable.build(
-    list(SIZES), {"u": (["text"], "understanding"), "g": (["generation_code"], "generation")}
-)
+ROUTING = RoutingTable.build(list(SIZES), {"u": (["text"], "understanding"), "g": (["generation_code"], "generation")})
 
 
 def tensors():

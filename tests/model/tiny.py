@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from symbiotic.model.backends import backend_by_name
 from symbiotic.config.pattern import LayerPattern
+from symbiotic.model.backends import backend_by_name
 from symbiotic.model.builder import build_model
 from symbiotic.model.model import SymbioticModel, VocabularyParts
 from symbiotic.model.partition import ExpertPartition, by_index

@@ -4,6 +4,7 @@ Keep ``old`` as short as is unique, so that entries survive edits nearby; ``why`
 passed though ...".
 """
 
+from tests.mutations.mechanisms import MECHANISMS
 from tests.mutations.mutation import Mutation
 
 MODEL = [
@@ -245,4 +246,4 @@ EDGES = [
     ),
 ]
 
-MUTATIONS = [*MODEL, *DATA, *TRAINING, *EDGES]
+MUTATIONS = [*MODEL, *MECHANISMS, *DATA, *TRAINING, *EDGES]

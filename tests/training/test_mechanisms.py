@@ -60,7 +60,7 @@ def test_every_auxiliary_loss_is_logged(corpus, tmp_path):
         "router_orthogonality.understanding", "router_orthogonality.generation",
     }  # fmt: skip
     assert all(math.isfinite(value) for value in balance.values())
-    # All of the group's tokens choose both of its experts, as balanced as can be; one of the four microbatches has none.
+    # The group's tokens choose both of its experts, as balanced as can be; one of the four microbatches has none.
     assert balance["load_balancing_loss.generation"] == pytest.approx(0.75, rel=1e-5)
 
 

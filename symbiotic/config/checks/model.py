@@ -275,7 +275,8 @@ def check_own_parts(config: Config) -> None:
     if owners(config, "mlp") and not layer_pattern(config).dense_blocks:
         name = owners(config, "mlp")[0]
         raise config.origin.error(
-            ("groups", name, "own"), "names mlp, but the model has no dense block; remove it: experts are the group's own"
+            ("groups", name, "own"),
+            "names mlp, but the model has no dense block; remove it: experts are the group's own",
         )
     for name, group in config.groups.items():
         _check_own_start(config, name, group)

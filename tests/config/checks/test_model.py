@@ -82,7 +82,11 @@ def own(*parts, start=None):
         ),
         ({f"{T}.moe_router_enable_expert_bias": True}, "= true needs moe_router_score_function: sigmoid; set it"),
         (
-            {"run.device": "cuda", "shield.targets": {"shared_expert": "weights"}, f"{T}.gradient_accumulation_fusion": True},
+            {
+                "run.device": "cuda",
+                "shield.targets": {"shared_expert": "weights"},
+                f"{T}.gradient_accumulation_fusion": True,
+            },
             "shield.targets.shared_expert = 'weights' doesn't reach fused weight gradients",
         ),
         (
@@ -104,10 +108,16 @@ def own(*parts, start=None):
             "groups.understanding.own names norm, which every group has for itself then",
         ),
         ({**own("embedding")}, "groups.generation.own.0 = 'embedding' is not one of attention, norm, mlp"),
-        ({**own("norm", start="copy_of:understanding")}, "own_start = 'copy_of:understanding' is neither copy_from:GROUP nor"),
+        (
+            {**own("norm", start="copy_of:understanding")},
+            "own_start = 'copy_of:understanding' is neither copy_from:GROUP nor",
+        ),
         ({**own("norm", start="copy_from:undrstanding")}, "names no group: did you mean 'understanding'?"),
         ({**own("norm", start="copy_from:generation")}, "= 'copy_from:generation' names the group itself"),
-        ({"groups.generation": {"experts": 4, "topk": 1}}, "groups.generation.topk = 1 differs from TransformerConfig.moe"),
+        (
+            {"groups.generation": {"experts": 4, "topk": 1}},
+            "groups.generation.topk = 1 differs from TransformerConfig.moe",
+        ),
         (
             {f"{T}.moe_shared_expert_gate": True, f"{T}.moe_shared_expert_intermediate_size": ...},
             "TransformerConfig.moe_shared_expert_gate = true, but there is no shared expert",
