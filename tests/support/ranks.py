@@ -8,6 +8,7 @@ be picklable. A failure of any rank is raised here with that rank's traceback.
 """
 
 import atexit
+import dataclasses
 import gc
 import importlib
 import io
@@ -27,6 +28,10 @@ NO_PARALLELISM: Mapping[str, Any] = MappingProxyType({})
 
 GRACE_SECONDS = 10.0
 """How long the other ranks of a failed call may take to notice before their processes are replaced."""
+
+
+MAX_THREADS = 150
+"""A worker with more threads is replaced: process groups that something still refers to keep theirs running."""
 
 
 class RankFailed(AssertionError):
@@ -220,9 +225,9 @@ def _run(job: _Job) -> _Answer:
         if job.layout is not None:
             initialize_processes(device="cpu", timeout_minutes=2, **job.layout)
         met = True
-        return _Answer(value=call(**job.kwargs))
+        answer = _Answer(value=call(**job.kwargs))
     except BaseException as error:
-        return _Answer(error=traceback.format_exc(), exception=_picklable(error), usable=met)
+        answer = _Answer(error=traceback.format_exc(), exception=_picklable(error), usable=met)
     finally:
         destroy_processes()
         _forget_megatron_state()
@@ -232,6 +237,9 @@ def _run(job: _Job) -> _Answer:
         os.environ.update(before)
         sys.stdout.flush()
         sys.stderr.flush()
+    if len(os.listdir("/proc/self/task")) > MAX_THREADS:
+        answer = dataclasses.replace(answer, usable=False)
+    return answer
 
 
 def _picklable(error: BaseException) -> BaseException | None:
@@ -245,10 +253,12 @@ def _forget_megatron_state() -> None:
     """Reset what megatron-core keeps in modules, so that calls don't depend on their order."""
     import torch
     from megatron.core import num_microbatches_calculator
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+    RotaryEmbedding.forward.cache_clear()  # it holds every module that it was called on, and so their groups
     num_microbatches_calculator.unset_num_microbatches_calculator()
     get_cuda_rng_tracker().reset()
     destroy_moe_metrics_tracker()
