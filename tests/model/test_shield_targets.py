@@ -1,5 +1,7 @@
 """What else the shield may protect: attention, norms, embedding (method.md section 4), against detached rows."""
 
+import shutil
+
 import pytest
 import torch
 
@@ -15,6 +17,11 @@ CASES = {
         {**QK_NORM, "recompute_granularity": "selective", "recompute_modules": ["layernorm"]},
         ("norm",),
     ),
+    "attention-recompute": (
+        "attention",
+        {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]},
+        ("linear_qkv", "linear_proj"),
+    ),
     "attention-layernorm-recompute": (
         "attention",
         {"recompute_granularity": "selective", "recompute_modules": ["layernorm", "core_attn"]},
@@ -25,6 +32,16 @@ CASES = {
 }
 
 
+COMPILED = pytest.mark.skipif(
+    not (shutil.which("ninja") and shutil.which("c++")), reason="megatron-core compiles an extension for it"
+)
+"""Recomputing norms alone, which the configuration refuses without Transformer Engine."""
+
+
+def case(name: str):
+    return pytest.param(name, marks=[pytest.mark.slow, COMPILED] if "layernorm" in name else [], id=name)
+
+
 def factors(**by_type: float) -> list[float]:
     table = [1.0] * NUM_TOKEN_TYPES
     for name, value in by_type.items():
@@ -33,9 +50,9 @@ def factors(**by_type: float) -> list[float]:
 
 
 @pytest.mark.parametrize("values", [(0.0, 1.0), (0.1, 0.6)], ids=["zero", "two-types"])
-@pytest.mark.parametrize("case", CASES)
-def test_a_target_gets_the_scaled_share(case, values):
-    target, config, names = CASES[case]
+@pytest.mark.parametrize("name", [case(name) for name in CASES])
+def test_a_target_gets_the_scaled_share(name, values):
+    target, config, names = CASES[name]
     (result,) = run_ranks(
         "tests.model.cases_reference:shield_against_detach",
         protected=target,
