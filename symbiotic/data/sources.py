@@ -19,7 +19,7 @@ def build_training_dataset(config: Config, *, vocabulary: VocabularyLayout) -> B
     Raises:
         DataError: a shard is missing, damaged or of another vocabulary, or a mixture is impossible.
     """
-    seed = data_seed(config)
+    seed = config.data_seed
     sources = [_open(source, config, vocabulary=vocabulary, seed=seed) for source in config.data.sources]
     return BlendedDataset(sources, mixtures=stage_mixtures(config), seed=seed)
 
@@ -34,11 +34,6 @@ def build_validation_datasets(config: Config, *, vocabulary: VocabularyLayout) -
         source.name: SinglePass(_open(source, config, vocabulary=vocabulary, seed=VALIDATION_SEED))
         for source in config.data.validation
     }
-
-
-def data_seed(config: Config) -> int:
-    """Seed of the data order: ``data.seed``, or the run's where that is null."""
-    return config.run.seed if config.data.seed is None else config.data.seed
 
 
 def stage_mixtures(config: Config) -> list[Mixture]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from symbiotic.data.blend import Mixture
-from symbiotic.data.sources import build_training_dataset, build_validation_datasets, data_seed, stage_mixtures
+from symbiotic.data.sources import build_training_dataset, build_validation_datasets, stage_mixtures
 from symbiotic.errors import DataError
 from tests.config.trees import config
 from tests.data.corpora import Text, make_vocabulary, write_shard
@@ -45,8 +45,8 @@ def test_a_stage_starts_at_its_first_sample():
 
 
 def test_the_data_seed_defaults_to_the_runs():
-    assert data_seed(config(**{"run.seed": 7})) == 7
-    assert data_seed(config(**{"run.seed": 7, "data.seed": 8})) == 8
+    assert config(**{"run.seed": 7}).data_seed == 7
+    assert config(**{"run.seed": 7, "data.seed": 8}).data_seed == 8
 
 
 def test_training_reads_the_sources_by_stage(folder):
