@@ -17,6 +17,7 @@ from symbiotic.data.sources import VALIDATION_SEED, open_dataset
 from symbiotic.model.partition import ExpertPartition
 from symbiotic.model.usage import counting_usage, gather_usage
 from symbiotic.tokens.vocabulary import VocabularyLayout
+from symbiotic.training.checkpoint.manager import model_state, set_model_state
 from symbiotic.training.checkpoint.storage import load_checkpoint
 from symbiotic.training.chunks import build_chunks
 from symbiotic.training.forward import run_schedule
@@ -59,12 +60,7 @@ def load_weights(chunks: list[torch.nn.Module], checkpoint: Path, *, verify: str
     Raises:
         CheckpointError: it is damaged, or of another model.
     """
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    metadata = {"singleton_local_shards": False, "dp_cp_group": group}
-    states = {f"model{index}": chunk.sharded_state_dict(metadata=metadata) for index, chunk in enumerate(chunks)}
-    loaded = load_checkpoint(checkpoint, states, verify=verify)
-    for index, chunk in enumerate(chunks):
-        chunk.load_state_dict(loaded[f"model{index}"], strict=True)
+    set_model_state(chunks, load_checkpoint(checkpoint, model_state(chunks), verify=verify))
 
 
 def _one_pass(
@@ -81,10 +77,11 @@ def _one_pass(
             seed=VALIDATION_SEED,
         )
     )
+    windows = config.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
     batches = BatchIterator(
         dataset,
         micro_batch_size=config.training.micro_batch_size,
-        global_batch_size=config.training.micro_batch_size * parallel_state.get_data_parallel_world_size(),
+        global_batch_size=windows,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
@@ -94,7 +91,6 @@ def _one_pass(
         shape=(config.training.micro_batch_size, config.model.sequence_length),
         group=parallel_state.get_tensor_model_parallel_group(),
     )
-    windows = config.training.micro_batch_size * parallel_state.get_data_parallel_world_size()
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():

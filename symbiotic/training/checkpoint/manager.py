@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
+from torch import nn
 
 from symbiotic.data.blend import BlendedDataset
 from symbiotic.distributed.agreement import on_rank_zero
@@ -171,16 +172,13 @@ class CheckpointManager:
             )
 
     def _model_state(self) -> dict[str, Any]:
-        metadata = _metadata()
-        states = [chunk.module.sharded_state_dict(metadata=metadata) for chunk in self._chunks]
-        return {_chunk_key(index, len(states)): state for index, state in enumerate(states)}
+        return model_state([chunk.module for chunk in self._chunks])
 
     def _optimizer_state(self, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
         return self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
 
     def _set_model_state(self, loaded: Mapping[str, Any]) -> None:
-        for index, chunk in enumerate(self._chunks):
-            chunk.load_state_dict(loaded[_chunk_key(index, len(self._chunks))], strict=True)
+        set_model_state([chunk.module for chunk in self._chunks], loaded)
 
     def _set_optimizer_state(self, loaded: Any, folder: Path) -> None:
         try:
@@ -221,6 +219,18 @@ def _sharded_rng_state() -> ShardedObject:
     """Every rank's own random state, as one object a rank."""
     ranks, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     return ShardedObject("rng_state", rng_state(), (ranks,), (rank,), replica_id=0)
+
+
+def model_state(chunks: Sequence[nn.Module]) -> dict[str, Any]:
+    """The sharded state of this rank's model chunks, without their data-parallel wrappers."""
+    states = [chunk.sharded_state_dict(metadata=_metadata()) for chunk in chunks]
+    return {_chunk_key(index, len(states)): state for index, state in enumerate(states)}
+
+
+def set_model_state(chunks: Sequence[nn.Module], loaded: Mapping[str, Any]) -> None:
+    """Put what was loaded for ``model_state`` into the chunks."""
+    for index, chunk in enumerate(chunks):
+        chunk.load_state_dict(loaded[_chunk_key(index, len(chunks))], strict=True)
 
 
 def _metadata() -> dict[str, Any]:
