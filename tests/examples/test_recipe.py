@@ -17,8 +17,9 @@ SIZES = {"full": recipe.Size(), "smoke": recipe.SMOKE}
 
 @pytest.fixture
 def console(tmp_path, monkeypatch):
-    """A quiet console; the working directory is a scratch one."""
+    """A quiet console; the working directory is a scratch one, and make did not start the clock."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(recipe.START_VARIABLE, raising=False)
     return Console(quiet=True)
 
 
