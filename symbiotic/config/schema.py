@@ -236,6 +236,33 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RoutingMetricsConfig:
+    """What the routers record in forward, by block and token type: load, entropy, dead experts, capacity rate."""
+
+    interval: int | None = setting(
+        None, "Steps between routing metrics; null takes logging.interval. Other steps record nothing.", minimum=1
+    )
+    capacity_factor: float = setting(
+        1.0, "Capacity of an expert over its group's mean load, for the capacity rate; no token is dropped.",
+        minimum=0.0,
+    )  # fmt: skip
+    minimum_capacity: int = setting(4, "Smallest capacity of an expert, in choices.", minimum=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiagnosticsConfig:
+    """Measurements that need passes of their own: routing drift, gradients into the shared experts, probes."""
+
+    interval: int | None = setting(None, "Steps between diagnostics; null makes none.", minimum=1)
+    batches: int = setting(1, "Global batches of each validation source that drift and probes run over.", minimum=1)
+    drift: bool = setting(True, "KL from the reference routing to today's, teacher-forced on the held-out batches.")
+    gradients: bool = setting(
+        True, "Norms and cosines of the shared experts' gradients by loss class and by token type of the row."
+    )
+    probes: bool = setting(True, "Held-out loss with shared experts only, and without shared experts.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole configuration, resolved and checked. Build one with :func:`symbiotic.config.load_config`.
 
@@ -260,6 +287,8 @@ class Config:
     stages: list[StageConfig] = field(default_factory=list)
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    routing_metrics: RoutingMetricsConfig = RoutingMetricsConfig()
+    diagnostics: DiagnosticsConfig = DiagnosticsConfig()
     transformer: dict[str, Any] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     ddp: dict[str, Any] = field(default_factory=dict)
