@@ -1,5 +1,5 @@
 # `make demo` and `make test` set up all they need; a second run installs nothing.
-# Also: lint, test-slow. Only test-slow may install system packages.
+# Also: lint, test-slow, bench. Only test-slow may install system packages.
 
 PYTHON_VENV := .venv/bin/python
 
@@ -12,7 +12,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-slow lint
+.PHONY: setup demo test test-slow lint bench bench-router
 
 demo: setup
 	$(PYTHON_VENV) examples/digits/recipe.py
@@ -27,6 +27,11 @@ test-slow: setup
 lint: setup
 	$(PYTHON_VENV) -m ruff check .
 	$(PYTHON_VENV) -m ruff format --check .
+
+bench: bench-router
+
+bench-router: setup
+	$(PYTHON_VENV) -m benchmarks.bench_router
 
 setup:
 	@sh scripts/setup.sh

@@ -20,6 +20,7 @@ class RunBy(Enum):
     CI = "a phase of .ci/run"
     HERE = "in this file"
     ON_THE_DEMO = "in this file, slow, on the results of `make demo`"
+    IN_SMALL = "with --smoke in tests/examples, slow: too long here"
 
 
 COMMANDS = {
@@ -35,6 +36,7 @@ COMMANDS = {
     ),
     "python tools/convert_checkpoint.py verify runs/digits/generation exported "
     "--data runs/digits/corpus/shards/text_validation": RunBy.ON_THE_DEMO,
+    "python tools/convert_checkpoint.py import exported imported": RunBy.ON_THE_DEMO,
     "python pretrain_symbiotic.py --config examples/digits/understanding.yaml --dry-run": RunBy.ON_THE_DEMO,
     "torchrun --standalone --nproc-per-node 2 pretrain_symbiotic.py --config examples/digits/understanding.yaml "
     "run.folder=runs/mine stages.understanding.steps=20 schedule.warmup_steps=5": RunBy.ON_THE_DEMO,
@@ -47,6 +49,34 @@ COMMANDS = {
     "--output mine/shards/generation --vocabulary mine/vocabulary.json --tokenizer mine/tokenizer.model "
     "--codec mine/codec --workers 2": RunBy.ON_THE_DEMO,
     "python tools/verify_data.py mine/shards/generation --vocabulary mine/vocabulary.json": RunBy.ON_THE_DEMO,
+    "python tools/preprocess_data.py --input runs/digits/corpus/generation_train.jsonl "
+    "--output mine/shards/job --vocabulary mine/vocabulary.json --tokenizer mine/tokenizer.model "
+    "--codec mine/codec --shard 0/2 --chunk-bytes 100000 --resume": RunBy.ON_THE_DEMO,
+    "python tools/preprocess_data.py --input runs/digits/corpus/generation_train.jsonl "
+    "--output mine/shards/job --vocabulary mine/vocabulary.json --tokenizer mine/tokenizer.model "
+    "--codec mine/codec --shard 1/2 --chunk-bytes 100000 --resume": RunBy.ON_THE_DEMO,
+    "python tools/merge_data.py mine/shards/job-00000-of-00002 mine/shards/job-00001-of-00002 "
+    "--output mine/shards/merged --vocabulary mine/vocabulary.json": RunBy.ON_THE_DEMO,
+    "python tools/inspect_data.py mine/shards/merged --vocabulary mine/vocabulary.json "
+    "--tokenizer mine/tokenizer.model --codec mine/codec --html mine/merged.html": RunBy.ON_THE_DEMO,
+    "python examples/digits/baselines.py --dry-run": RunBy.HERE,
+    "python examples/digits/baselines.py": RunBy.IN_SMALL,
+    "python tools/report.py runs/digits/generation": RunBy.ON_THE_DEMO,
+    "python tools/report.py runs/digits/generation runs/digits/understanding --output runs/compared": (
+        RunBy.ON_THE_DEMO
+    ),
+    "python tools/partition_experts.py --checkpoint runs/digits/understanding --groups understanding=12 generation=4 "
+    "--calibration text=runs/digits/corpus/shards/text_calibration --merge rank --output mine/measured": (
+        RunBy.ON_THE_DEMO
+    ),
+    "python tools/partition_experts.py --checkpoint runs/digits/understanding --method random --seed 1 "
+    "--groups text=6 reading=6 drawing=4 --types reading=understanding_code drawing=generation_code "
+    "--output mine/three_groups": RunBy.ON_THE_DEMO,
+    "python tools/partition_experts.py --checkpoint runs/digits/understanding --method copy "
+    "--groups understanding=16 generation=16 --output mine/copied": RunBy.ON_THE_DEMO,
+    "torchrun --standalone --nproc-per-node 2 tools/partition_experts.py --checkpoint runs/digits/understanding "
+    "--groups understanding=12 generation=4 --calibration text=runs/digits/corpus/shards/text_calibration --merge rank "
+    "--output mine/measured_again TransformerConfig.tensor_model_parallel_size=2": RunBy.ON_THE_DEMO,
 }
 """Every shown command. Those on the demo run in this order, in one folder: later ones use what earlier ones wrote."""
 
@@ -101,6 +131,13 @@ def commands_run(by: RunBy) -> list[str]:
 @pytest.mark.parametrize("command", commands_run(RunBy.CI))
 def test_ci_runs_it(command: str):
     assert f"phase {command}\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", commands_run(RunBy.IN_SMALL))
+def test_a_slow_test_runs_it_in_small(command: str):
+    script = Path(command.split()[1])
+    test = (ROOT / "tests" / "examples" / f"test_{script.name}").read_text(encoding="utf-8")
+    assert "pytest.mark.slow" in test and '"--smoke"' in test
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Show a configuration, compare two, or generate docs/configuration.md.
+"""Show a configuration, compare two, or generate docs/configuration.md and docs/megatron_flags.md.
 
     python tools/config.py show FILE [section.key=value ...]
     python tools/config.py diff FILE OTHER
@@ -13,11 +13,13 @@ from pathlib import Path
 from symbiotic.config import load_config
 from symbiotic.config.compare import ABSENT, differences
 from symbiotic.config.docs import configuration_page
+from symbiotic.config.flags_page import flags_page
 from symbiotic.config.yaml_tree import dump_yaml
 from symbiotic.errors import ConfigError, exits_on_user_error
 from symbiotic.files import write_text
 
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "configuration.md"
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGES = {"configuration.md": configuration_page, "megatron_flags.md": flags_page}
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,9 +32,9 @@ def parse_arguments() -> argparse.Namespace:
     diff = commands.add_parser("diff", help="print the settings in which two configurations differ")
     diff.add_argument("file", type=Path, help="the configuration")
     diff.add_argument("other", type=Path, help="the one to compare it with")
-    docs = commands.add_parser("docs", help="write docs/configuration.md")
-    docs.add_argument("--output", type=Path, default=DOCS, help="where to write it")
-    docs.add_argument("--check", action="store_true", help="only say whether the file is up to date")
+    docs = commands.add_parser("docs", help="write the generated pages of docs/")
+    docs.add_argument("--output", type=Path, default=DOCS, help="folder to write them to")
+    docs.add_argument("--check", action="store_true", help="only say whether they are up to date")
     return parser.parse_args()
 
 
@@ -49,13 +51,14 @@ def _shown(value: object) -> str:
     return "(absent)" if value is ABSENT else dump_yaml(value, flow=True)
 
 
-def write_docs(path: Path, *, check: bool) -> None:
-    """Write the page, or refuse when it isn't what the schema gives."""
-    page = configuration_page()
-    if not check:
-        write_text(path, page)
-    elif not path.is_file() or path.read_text(encoding="utf-8") != page:
-        raise ConfigError(f"{path}: is not up to date; run 'python tools/config.py docs'")
+def write_docs(folder: Path, *, check: bool) -> None:
+    """Write the pages, or refuse when one isn't what the schema and the tables give."""
+    for name, draw in PAGES.items():
+        path, page = folder / name, draw()
+        if not check:
+            write_text(path, page)
+        elif not path.is_file() or path.read_text(encoding="utf-8") != page:
+            raise ConfigError(f"{path}: is not up to date; run 'python tools/config.py docs'")
 
 
 @exits_on_user_error

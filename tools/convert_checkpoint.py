@@ -1,11 +1,15 @@
-"""Convert checkpoints to Hugging Face folders, and check that both compute the same.
+"""Convert checkpoints to Hugging Face folders and back, and check that both compute the same.
 
     python tools/convert_checkpoint.py export runs/digits/generation exports/digits --codec corpus/codec
     python tools/convert_checkpoint.py verify runs/digits/generation exports/digits --data corpus/shards/text_validation
+    python tools/convert_checkpoint.py import exports/digits imported
+    python tools/convert_checkpoint.py import Qwen1.5-MoE-A2.7B imported --codebook-size 8192 --resolution 16x16
 
 ``export`` writes safetensors, configuration, modeling code, tokenizer, codec and model card; it runs ``verify`` on
-random tokens at the end. ``verify`` compares logits of Megatron (on the CPU) and of the folder, each in a process of
-its own, and ends with exit code 1 past the tolerance.
+random tokens at the end. With ``--understanding-only`` the folder is a stock architecture, without code of ours, that
+reads text and images. ``import`` makes a checkpoint to train on out of a full export or a stock model. ``verify``
+compares tensors, and logits of Megatron (on the CPU) and of the folder, each in a process of its own, and ends with
+exit code 1 past the tolerance.
 """
 
 from __future__ import annotations
@@ -16,10 +20,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from symbiotic.errors import CheckpointError, exits_on_user_error
+from symbiotic.errors import CheckpointError, ConfigError, exits_on_user_error
 from symbiotic.files import write_json
 
 DEFAULT_SHARD_GIGABYTES = 5.0
+
+LONGEST_ROW = 1024
+"""Tokens of a row to compare on: enough for every kind of token, and Megatron's mask is a dense one on the CPU."""
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -38,7 +45,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     export.add_argument("--license", default="unknown", help="licence of the weights, for the model card")
     export.add_argument("--shard-gb", type=float, default=DEFAULT_SHARD_GIGABYTES, help="size of a safetensors file")
     export.add_argument("--no-verify", action="store_true", help="don't compare logits afterwards")
+    export.add_argument("--chat-template", type=Path, help="Jinja file (default: messages line by line, no roles)")
+    export.add_argument(
+        "--understanding-only", action="store_true", help="what text and images to read see, as a stock architecture"
+    )
+    export.add_argument("--home", help="with --understanding-only: its model type (default: the first that fits)")
+    export.add_argument("--text-vocabulary", action="store_true", help="with --understanding-only: no image ids")
     _add_comparison(export)
+
+    _add_import(commands.add_parser("import", help="make a checkpoint to train on out of a folder"))
 
     verify = commands.add_parser("verify", help="compare the logits of a checkpoint and of an exported folder")
     _add_source(verify)
@@ -53,6 +68,23 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", type=Path, help="vocabulary.json (default: the one the configuration names)")
 
 
+def _add_import(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("folder", type=Path, help="a full export, a stock model that transformers loads, or a Megatron checkpoint")
+    add("output", type=Path, help="folder to write; must not exist")
+    add("--config", type=Path, help="configuration that describes the model of a Megatron checkpoint, with one group")
+    add("--vocabulary", type=Path, help="vocabulary.json for the model's own tokenizer (default: laid out here)")
+    add("--codebook-size", type=int, default=0, help="image codes of a vocabulary that is laid out here")
+    add("--resolution", action="append", default=[], metavar="ROWSxCOLUMNS", help="an image size in codes, likewise")
+    add("--multiple", type=int, default=1024, help="both parts are padded to a multiple of this, likewise")
+    add("--groups", nargs="+", default=[], metavar="GROUP=EXPERTS", help="by expert number (default: one group)")
+    add("--shared-expert", type=int, metavar="SIZE", help="add shared experts whose output starts at zero")
+    add("--upcycle", type=int, metavar="EXPERTS", help="make every MLP of a dense model a mixture of copies of it")
+    add("--topk", type=int, default=2, help="experts a token chooses of them")
+    add("--sequence-length", type=int, help="tokens in a sample (default: the model's context, at most 4096)")
+    add("--seed", type=int, default=0, help="of everything that is drawn")
+
+
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, action="append", default=[], metavar="PREFIX",
                         help="also compare on documents of this shard; may be given several times")  # fmt: skip
@@ -65,27 +97,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Command line of the tool; returns the exit code."""
     options = parse_arguments(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    return {"export": export, "verify": verify}[options.command](options)
+    return {"export": export, "verify": verify, "import": import_}[options.command](options)
 
 
 def export(options: argparse.Namespace) -> int:
     """Write the folder, then compare."""
     from symbiotic.huggingface.export import export_checkpoint
     from symbiotic.huggingface.source import open_source
+    from symbiotic.huggingface.stock_export import export_understanding
 
     source = open_source(options.checkpoint, config=options.config, vocabulary=options.vocabulary)
     if options.shard_gb <= 0:
         raise CheckpointError(f"--shard-gb {options.shard_gb:g} is no size; give a positive number of gigabytes")
-    folder = export_checkpoint(
-        source,
-        options.output,
-        tokenizer=options.tokenizer,
-        codec=options.codec,
-        dtype=options.dtype,
-        license_id=options.license,
-        max_shard_bytes=int(options.shard_gb * 1e9),
-    )
-    print(f"exported {source.folder} to {folder}")
+    settings = {
+        "tokenizer": options.tokenizer,
+        "dtype": options.dtype,
+        "license_id": options.license,
+        "max_shard_bytes": int(options.shard_gb * 1e9),
+        "chat_template": options.chat_template,
+    }
+    if options.understanding_only:
+        if options.codec is not None:
+            raise CheckpointError("--codec: an understanding-only export has no processor; leave the option out")
+        home = export_understanding(
+            source, options.output, home=options.home, text_only=options.text_vocabulary, **settings
+        )
+        print(f"exported {source.folder} to {options.output} as {home.architecture}")
+    else:
+        if options.home or options.text_vocabulary:
+            raise CheckpointError(
+                "--home and --text-vocabulary belong to --understanding-only; add it or leave them out"
+            )
+        export_checkpoint(source, options.output, codec=options.codec, **settings)
+        print(f"exported {source.folder} to {options.output}")
     if options.no_verify:
         print("not verified, as --no-verify was given")
         return 0
@@ -97,17 +141,19 @@ def export(options: argparse.Namespace) -> int:
 
 def verify(options: argparse.Namespace) -> int:
     """Compare logits; exit code 1 past the tolerance."""
-    from symbiotic.huggingface.logit_batch import random_rows, shard_rows
     from symbiotic.huggingface.source import open_source
-    from symbiotic.huggingface.verify import DEFAULT_TOLERANCE, verify_export
+    from symbiotic.huggingface.verify import DEFAULT_TOLERANCE, rows_to_compare, verify_export
 
     source = open_source(options.checkpoint, config=options.config, vocabulary=options.vocabulary)
     if not (options.output / "config.json").is_file():
         raise CheckpointError(f"{options.output} has no config.json; write it with tools/convert_checkpoint.py export")
-    length, count = source.config.model.sequence_length, options.documents
-    rows = random_rows(source.vocabulary, count=count, length=length)
-    for prefix in options.data:
-        rows += shard_rows(prefix, source.vocabulary, count=count, length=length)
+    rows = rows_to_compare(
+        options.output,
+        source.vocabulary,
+        prefixes=options.data,
+        count=options.documents,
+        length=min(source.config.model.sequence_length, LONGEST_ROW),
+    )
     report = verify_export(
         source,
         options.output,
@@ -119,6 +165,43 @@ def verify(options: argparse.Namespace) -> int:
     if options.report is not None:
         write_json(options.report, report.to_dict())
     return 0 if report.holds else 1
+
+
+def import_(options: argparse.Namespace) -> int:
+    """Write a checkpoint to train on."""
+    from symbiotic.huggingface.importing import ImportRequest, import_folder
+
+    groups = {}
+    for pair in options.groups:
+        name, _, size = pair.partition("=")
+        if not (name and size.isascii() and size.isdigit()):
+            raise ConfigError(f"--groups {pair}: give GROUP=EXPERTS, such as understanding=96")
+        groups[name] = int(size)
+    request = ImportRequest(
+        source=options.folder,
+        output=options.output,
+        config=options.config,
+        vocabulary=options.vocabulary,
+        codebook_size=options.codebook_size,
+        resolutions=[_resolution(text) for text in options.resolution],
+        multiple=options.multiple,
+        groups=groups,
+        shared_expert=options.shared_expert,
+        upcycle=options.upcycle,
+        topk=options.topk,
+        sequence_length=options.sequence_length,
+        seed=options.seed,
+    )
+    import_folder(request)
+    print(f"imported {options.folder} to {options.output}; train from it with extends: {options.output}/model.yaml")
+    return 0
+
+
+def _resolution(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    if not (rows.isascii() and rows.isdigit() and columns.isascii() and columns.isdigit()):
+        raise ConfigError(f"--resolution {text}: give ROWSxCOLUMNS in codes, such as 16x16")
+    return int(rows), int(columns)
 
 
 if __name__ == "__main__":

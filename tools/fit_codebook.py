@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from symbiotic.data.codecs import PatchCodebook, read_image
+from symbiotic.data.formats import FORMATS
 from symbiotic.data.readers import read_documents
 from symbiotic.errors import DataError, exits_on_user_error
 from symbiotic.tokens.documents import ImageSegment
@@ -18,7 +19,8 @@ from symbiotic.tokens.documents import ImageSegment
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSON lines files of records with images")
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help="files of records with images")
+    parser.add_argument("--format", choices=FORMATS, default="record", help="layout of the corpus (default record)")
     parser.add_argument("--image-root", type=Path, help="folder that image paths in records are relative to")
     parser.add_argument("--codes", type=int, required=True, help="size of the codebook")
     parser.add_argument("--stride", type=int, required=True, help="side of a patch in pixels")
@@ -28,13 +30,13 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def images_of(paths: Sequence[Path], *, image_root: Path | None, channels: int) -> Iterator[np.ndarray]:
+def images_of(paths: Sequence[Path], *, format: str, image_root: Path | None, channels: int) -> Iterator[np.ndarray]:
     """Pixels uint8 [height, width, channels] of every image of the records.
 
     Raises:
         DataError: an image can't be read, or stands as codes already.
     """
-    for document in read_documents(paths):
+    for document in read_documents(paths, format=format):
         place = f"{document.source}:{document.line}"
         for segment in document.segments:
             if not isinstance(segment, ImageSegment):
@@ -61,7 +63,9 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.codes < 1 or arguments.stride < 1:
         raise DataError(f"--codes {arguments.codes} and --stride {arguments.stride} aren't possible; give at least 1")
-    images = images_of(arguments.input, image_root=arguments.image_root, channels=arguments.channels)
+    images = images_of(
+        arguments.input, format=arguments.format, image_root=arguments.image_root, channels=arguments.channels
+    )
     codec = PatchCodebook.fit(images, codes=arguments.codes, stride=arguments.stride, seed=arguments.seed)
     codec.save(arguments.output)
     patch = f"{codec.stride}x{codec.stride}"

@@ -1,10 +1,12 @@
-"""Turn records (JSON lines, see symbiotic/tokens/documents.py) into a shard: text to pieces, images to codes.
+"""Turn corpora into shards: text to pieces, images to codes. The layout of records is in docs/data.md.
 
     python tools/preprocess_data.py --input corpus.jsonl --output shards/corpus \
         --vocabulary vocabulary.json --tokenizer tokenizer.model --codec codec/ --workers 8
 
-The shard is the same for any number of workers. Records that can't be used go to OUTPUT.rejected.jsonl; more of
-them than --max-bad-records end the run with exit code 1 and without a shard.
+Files are JSON lines (plain, .gz, .zst), a JSON array, Parquet or WebDataset tars. The shard is the same for any number
+of workers and restarts: --resume goes on with a run that was stopped. A job array gives --shard I/N to each job and
+joins the shards with tools/merge_data.py, or trains on all of them. Records that can't be used go to
+OUTPUT.rejected.jsonl; more of them than --max-bad-records end the run with exit code 1 and without a shard.
 """
 
 import argparse
@@ -18,7 +20,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from symbiotic.data.encoding import EncoderFiles
-from symbiotic.data.preprocess import PreprocessProgress, preprocess
+from symbiotic.data.formats import FORMATS
+from symbiotic.data.plan import JobShare, Splits
+from symbiotic.data.preprocess import PreprocessOptions, PreprocessProgress, preprocess
+from symbiotic.data.text_encoding import BACKENDS
 from symbiotic.errors import exits_on_user_error
 from symbiotic.tokens.tokenizer import Tokenizer
 
@@ -55,9 +60,13 @@ class ProgressDisplay(AbstractContextManager):
             )
         elif now - self._last_line >= PLAIN_INTERVAL_SECONDS:
             self._last_line = now
-            left = (now - self._start) * (progress.total_bytes / progress.num_bytes - 1)
-            share = progress.num_bytes / progress.total_bytes
-            print(f"{share:4.0%}  {self.counts(progress)}, {left:.0f} s left", file=sys.stderr, flush=True)
+            print(self.line(progress, seconds=now - self._start), file=sys.stderr, flush=True)
+
+    def line(self, progress: PreprocessProgress, *, seconds: float) -> str:
+        """Share done, counts, and time left at the rate of this run."""
+        done = progress.num_bytes - progress.resumed_bytes
+        left = f"{seconds * (progress.total_bytes - progress.num_bytes) / done:.0f} s left" if done > 0 else "starting"
+        return f"{progress.num_bytes / max(progress.total_bytes, 1):4.0%}  {self.counts(progress)}, {left}"
 
     def counts(self, progress: PreprocessProgress) -> str:
         """Counts and rate as words."""
@@ -65,21 +74,38 @@ class ProgressDisplay(AbstractContextManager):
         rejected = f", {progress.num_rejected:,} rejected" if progress.num_rejected else ""
         return (
             f"{progress.num_documents:,} documents, {progress.num_tokens:,} tokens{rejected}, "
-            f"{progress.num_bytes / seconds / 1e6:.1f} MB/s"
+            f"{(progress.num_bytes - progress.resumed_bytes) / seconds / 1e6:.1f} MB/s"
         )
 
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSON lines files, in the shard's order")
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help="files of records, in the shard's order")
     parser.add_argument("--output", type=Path, required=True, help="prefix of the shard's files")
     parser.add_argument("--vocabulary", type=Path, required=True, help="vocabulary layout (JSON)")
     parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece tokenizer.model")
     parser.add_argument("--codec", type=Path, help="folder of the image codec, for images that stand as pixels")
     parser.add_argument("--image-root", type=Path, help="folder that image paths in records are relative to")
+    parser.add_argument("--format", choices=FORMATS, default="record", help="layout of the corpus (default record)")
     parser.add_argument("--workers", type=int, default=1, help="processes that parse and encode (default 1)")
     parser.add_argument("--max-bad-records", type=int, default=0, help="records that may be left out (default 0)")
+    parser.add_argument("--resume", action="store_true", help="go on with what an earlier run of these options did")
+    parser.add_argument("--shard", default="0/1", metavar="I/N", help="do part I (from 0) of N of the input")
+    parser.add_argument(
+        "--split",
+        nargs="+",
+        default=[],
+        metavar="NAME=SHARE",
+        help="put this share of the documents into OUTPUT_NAME and the rest into OUTPUT_train",
+    )
+    parser.add_argument(
+        "--tokenizer-backend",
+        choices=BACKENDS,
+        default=BACKENDS[0],
+        help="what encodes text; gigatoken is compared with sentencepiece first (default sentencepiece)",
+    )
+    parser.add_argument("--chunk-bytes", type=int, help="input done at once and lost by a restart (default by size)")
     return parser.parse_args()
 
 
@@ -92,6 +118,16 @@ def main() -> None:
         tokenizer=arguments.tokenizer,
         codec=arguments.codec,
         image_root=arguments.image_root,
+        backend=arguments.tokenizer_backend,
+    )
+    options = PreprocessOptions(
+        format=arguments.format,
+        workers=arguments.workers,
+        max_bad_records=arguments.max_bad_records,
+        splits=Splits.parse(arguments.split),
+        job=JobShare.parse(arguments.shard),
+        resume=arguments.resume,
+        chunk_bytes=arguments.chunk_bytes,
     )
     tokenizer = Tokenizer(arguments.tokenizer)
     if not tokenizer.round_trips():
@@ -101,15 +137,9 @@ def main() -> None:
             file=sys.stderr,
         )
     with ProgressDisplay() as display:
-        result = preprocess(
-            arguments.input,
-            output=arguments.output,
-            files=files,
-            workers=arguments.workers,
-            max_bad_records=arguments.max_bad_records,
-            report=display,
-        )
-        print(f"{arguments.output}: {display.counts(result.progress)}")
+        result = preprocess(arguments.input, output=arguments.output, files=files, options=options, report=display)
+    for prefix, manifest in result.manifests.items():
+        print(f"{prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens")
     if result.rejected_file is not None:
         print(f"warning: {result.progress.num_rejected} bad records, listed in {result.rejected_file}", file=sys.stderr)
 

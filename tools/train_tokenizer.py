@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from symbiotic.data.codecs import load_codec
+from symbiotic.data.formats import FORMATS
 from symbiotic.data.readers import read_documents
 from symbiotic.errors import DataError, exits_on_user_error
 from symbiotic.tokens.documents import TextSegment
@@ -20,7 +21,8 @@ from symbiotic.tokens.vocabulary import DEFAULT_MULTIPLE, VocabularyLayout
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, nargs="+", required=True, help="JSON lines files of records")
+    parser.add_argument("--input", type=Path, nargs="+", required=True, help="files of records")
+    parser.add_argument("--format", choices=FORMATS, default="record", help="layout of the corpus (default record)")
     parser.add_argument("--size", type=int, required=True, help="number of pieces, byte pieces included")
     parser.add_argument("--output", type=Path, required=True, help="tokenizer.model to write")
     parser.add_argument("--vocabulary", type=Path, help="vocabulary layout (JSON) to write as well")
@@ -45,9 +47,9 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def texts_of(paths: Sequence[Path]) -> Iterator[str]:
+def texts_of(paths: Sequence[Path], *, format: str) -> Iterator[str]:
     """Every text segment of the records."""
-    for document in read_documents(paths):
+    for document in read_documents(paths, format=format):
         for segment in document.segments:
             if isinstance(segment, TextSegment):
                 yield segment.text
@@ -76,7 +78,9 @@ def main() -> None:
             f"a codebook of {codebook_size} codes and {len(resolutions)} resolutions don't go together; "
             "give --codec (or --codebook-size) and --resolution both, or neither"
         )
-    tokenizer = Tokenizer.train(texts_of(arguments.input), size=arguments.size, path=arguments.output)
+    tokenizer = Tokenizer.train(
+        texts_of(arguments.input, format=arguments.format), size=arguments.size, path=arguments.output
+    )
     if not tokenizer.round_trips():
         raise DataError(f"{arguments.output}: the trained tokenizer changes texts; give --size at least 512")
     print(f"{arguments.output}: {tokenizer.size} pieces")

@@ -47,13 +47,15 @@ class Picture:
         return f"data:{self.media_type};base64,{base64.b64encode(self.data).decode()}"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _as_svg(figure: Figure, *, alternative: str) -> Picture:
+def as_svg(figure: Figure, *, alternative: str) -> Picture:
+    """The figure as a vector picture; ``alternative`` says in words what it shows."""
     buffer = io.BytesIO()
     # A fixed salt and no date: the same measurements give the same bytes.
     with matplotlib.rc_context({"svg.hashsalt": "symbiotic"}):
@@ -78,6 +80,14 @@ def smooth(curve: Curve) -> tuple[np.ndarray, np.ndarray]:
     return steps, (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
 
 
+def mark_stages(axes: Axes, stages: Sequence[tuple[int, str]]) -> None:
+    """A dotted line with its name where each stage begins: ``stages`` are pairs of first step and name."""
+    for first_step, stage in stages:
+        axes.axvline(first_step, color="#888888", linewidth=0.8, linestyle=":")
+        axes.annotate(stage, (first_step, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -10),
+                      textcoords="offset points", fontsize=8, color="#444444")  # fmt: skip
+
+
 def _draw_losses(axes: Axes, log: RunLog) -> None:
     for name, curve in log.loss.items():
         colour = CLASS_COLOURS.get(name, OTHER_COLOUR)
@@ -88,10 +98,7 @@ def _draw_losses(axes: Axes, log: RunLog) -> None:
         colour = CLASS_COLOURS.get(name, OTHER_COLOUR)
         axes.plot(*zip(*curve, strict=True), color=colour, marker=markers[source], markersize=3.5, linewidth=0.8,
                   linestyle="--", label=f"{name} in {source}, held out")  # fmt: skip
-    for first_step, stage in log.stages:
-        axes.axvline(first_step, color="#888888", linewidth=0.8, linestyle=":")
-        axes.annotate(stage, (first_step, 1.0), xycoords=("data", "axes fraction"), xytext=(3, -10),
-                      textcoords="offset points", fontsize=8, color="#444444")  # fmt: skip
+    mark_stages(axes, log.stages)
     axes.set_title(f"run: {log.name}", fontsize=10)
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats a token)")
@@ -103,11 +110,11 @@ def _draw_losses(axes: Axes, log: RunLog) -> None:
 
 def loss_curves(logs: Sequence[RunLog]) -> Picture:
     """Loss by class against the step, a panel a run; dotted lines mark where each stage begins."""
-    figure = _figure(5.5 * len(logs), 3.8)
+    figure = new_figure(5.5 * len(logs), 3.8)
     for log, axes in zip(logs, figure.subplots(1, len(logs), squeeze=False)[0], strict=True):
         _draw_losses(axes, log)
     names = " and ".join(log.name for log in logs)
-    return _as_svg(figure, alternative=f"Training and held-out loss by class of the runs {names}")
+    return as_svg(figure, alternative=f"Training and held-out loss by class of the runs {names}")
 
 
 def _framed_group(use: ExpertUse) -> str | None:
@@ -147,12 +154,12 @@ def expert_use_maps(uses: Sequence[tuple[str, ExpertUse]]) -> Picture:
     """Share of each type's choices that each expert got, block by block; a panel for each (title, use)."""
     all_types = [use.present_types() for _, use in uses]
     height = 1.2 + 0.22 * max(len(use.blocks) * len(t) for (_, use), t in zip(uses, all_types, strict=True))
-    figure = _figure(5.6 * len(uses), height)
+    figure = new_figure(5.6 * len(uses), height)
     panels = figure.subplots(1, len(uses), squeeze=False)[0]
     for (title, use), token_types, axes in zip(uses, all_types, panels, strict=True):
         _draw_use(axes, use, token_types=token_types, title=title)
     titles = ", ".join(title for title, _ in uses)
-    return _as_svg(figure, alternative=f"Share of choices by expert, block and token type: {titles}")
+    return as_svg(figure, alternative=f"Share of choices by expert, block and token type: {titles}")
 
 
 def mosaic(pictures: Sequence[Sequence[np.ndarray]], *, columns: int) -> np.ndarray:
@@ -182,7 +189,7 @@ def _mosaic_figure(pictures: Sequence[Sequence[np.ndarray]], *, columns: int, ti
     """A figure with one axes that shows the mosaic."""
     canvas = mosaic(pictures, columns=columns)
     scale = _inches_per_pixel(*pictures[0][0].shape[:2])
-    figure = _figure(canvas.shape[1] * scale + 1.0, canvas.shape[0] * scale + 0.6)
+    figure = new_figure(canvas.shape[1] * scale + 1.0, canvas.shape[0] * scale + 0.6)
     axes = figure.subplots()
     axes.imshow(canvas, cmap="gray", vmin=0.0, vmax=1.0, interpolation="nearest")
     axes.set_title(title, fontsize=10)

@@ -18,18 +18,12 @@ import numpy as np
 
 from symbiotic.analysis.expert_use import ExpertUse
 from symbiotic.analysis.figures import Picture, expert_use_maps, loss_curves, reading_grid, sample_grid
-from symbiotic.analysis.page import Section, render_page
-from symbiotic.analysis.results import (
-    DIGITS_EXPECTED,
-    DIGITS_TARGETS,
-    Row,
-    apply_targets,
-    read_results,
-    write_results,
-)
+from symbiotic.analysis.page import Section, write_report
+from symbiotic.analysis.results import DIGITS_EXPECTED, DIGITS_TARGETS, Row, apply_targets, read_results
 from symbiotic.analysis.run_log import read_run_log
 from symbiotic.errors import DataError
-from symbiotic.files import write_text
+
+PHASES_FILE = "phases.json"
 
 RUNS = ("understanding", "generation")
 """Training runs, in the order of the recipe."""
@@ -64,15 +58,13 @@ def build_report(folder: Path | str, *, command: str, began: float | None = None
     # Pictures take seconds, so they come before the minutes are counted.
     sections = [*_curves(folder), *_pictures(folder), *_experts(folder)]
     rows = report_rows(folder, began=began)
-    write_results(folder / "report.json", rows, command=command)
-    _, facts = read_results(folder / "report.json")
-    page = render_page(
-        "Digits: one model that reads and draws",
-        facts={name: facts[name] or "–" for name in ("date", "machine", "command", "commit")},
+    write_report(
+        folder,
+        title="Digits: one model that reads and draws",
         rows=rows,
         sections=sections,
+        command=command,
     )
-    write_text(folder / "report.html", page)
     return rows
 
 
@@ -99,7 +91,7 @@ def _minutes_since(moment: float) -> float:
 
 def read_phases(folder: Path) -> dict[str, Any]:
     """``phases.json``: ``began`` (seconds since 1970) and ``minutes`` of each phase; empty when there is none."""
-    return _read_json(folder / "phases.json")
+    return _read_json(folder / PHASES_FILE)
 
 
 def measured_rows(folder: Path) -> list[Row]:

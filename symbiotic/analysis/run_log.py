@@ -1,4 +1,4 @@
-"""Reading a run's ``log.jsonl`` back: loss curves by class, held-out losses, where each stage began."""
+"""Reading a run's ``log.jsonl`` back: loss curves, held-out losses, stages, what was measured of the routing."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from symbiotic.errors import DataError
 Curve = list[tuple[int, float]]
 """(step, value) pairs in ascending order of step."""
 
+Events = dict[int, dict[str, Any]]
+"""Step -> the event of one kind that was logged there, in ascending order of step."""
+
 
 @dataclass(frozen=True)
 class RunLog:
@@ -25,6 +28,10 @@ class RunLog:
         held_out: (class, source) -> held-out loss at each evaluation, nats a token.
         stages: (first step, name) of each stage, steps counted from 0.
         tokens_per_second: mean over the logged steps, None when nothing was logged.
+        routing: ``routing`` events: load, entropy, dead experts, capacity rate by token type and block.
+        drift: ``drift`` events: KL from the reference routing by token type and block.
+        gradients: ``gradients`` events: norms and cosines of the shared experts' gradients by block.
+        probes: ``probe`` events: held-out losses with shared experts only and without them.
     """
 
     name: str
@@ -32,6 +39,10 @@ class RunLog:
     held_out: dict[tuple[str, str], Curve] = field(default_factory=dict)
     stages: list[tuple[int, str]] = field(default_factory=list)
     tokens_per_second: float | None = None
+    routing: Events = field(default_factory=dict)
+    drift: Events = field(default_factory=dict)
+    gradients: Events = field(default_factory=dict)
+    probes: Events = field(default_factory=dict)
 
 
 def read_events(path: Path | str) -> list[dict[str, Any]]:
@@ -66,11 +77,11 @@ def read_run_log(folder: Path | str) -> RunLog:
 
 
 def collect(events: Iterable[dict[str, Any]], *, name: str) -> RunLog:
-    """Sort a run's events into curves.
+    """Sort a run's events by kind and step, losses into curves.
 
     A resumed run logs the steps after its checkpoint again; the later entry of a step counts.
     """
-    by_kind: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    by_kind: dict[str, Events] = defaultdict(dict)
     for event in events:
         # A stage is announced again after a resume in its middle.
         by_kind[event.get("event", "")][event.get("first_step", event.get("step", 0))] = event
@@ -91,6 +102,10 @@ def collect(events: Iterable[dict[str, Any]], *, name: str) -> RunLog:
         held_out=dict(held_out),
         stages=[(first, event["stage"]) for first, event in sorted(by_kind["stage"].items())],
         tokens_per_second=sum(rates) / len(rates) if rates else None,
+        routing=dict(sorted(by_kind["routing"].items())),
+        drift=dict(sorted(by_kind["drift"].items())),
+        gradients=dict(sorted(by_kind["gradients"].items())),
+        probes=dict(sorted(by_kind["probe"].items())),
     )
 
 

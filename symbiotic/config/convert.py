@@ -10,6 +10,7 @@ import typing
 from typing import Any, Literal
 
 from symbiotic.config.messages import KeyPath, Origin, did_you_mean, shown
+from symbiotic.config.schema import file_name
 
 _TYPE_WORDS = {
     int: "a whole number",
@@ -42,7 +43,7 @@ def type_words(expected: Any) -> str:
 
 
 def convert(value: Any, expected: Any, *, path: KeyPath, origin: Origin, limits: typing.Mapping[str, Any]) -> Any:
-    """``value`` as ``expected``: a scalar type, ``X | None``, ``Literal``, list, dict or a section dataclass.
+    """``value`` as ``expected``: a scalar type, ``X | Y``, ``Literal``, list, dict or a section dataclass.
 
     An int is accepted for a float; a bool is no number; nothing else is coerced. ``limits`` (``minimum``,
     ``maximum``) hold for the number itself or for the numbers in a dict.
@@ -52,9 +53,9 @@ def convert(value: Any, expected: Any, *, path: KeyPath, origin: Origin, limits:
     """
     shape, arguments = typing.get_origin(expected), typing.get_args(expected)
     if shape in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None and types.NoneType in arguments:
             return None
-        expected = next(item for item in arguments if item is not types.NoneType)
+        expected = _member(value, expected, path=path, origin=origin)
         return convert(value, expected, path=path, origin=origin, limits=limits)
     if shape is Literal:
         return _choice(value, arguments, path=path, origin=origin)
@@ -73,9 +74,26 @@ def convert(value: Any, expected: Any, *, path: KeyPath, origin: Origin, limits:
     return _scalar(value, expected, path=path, origin=origin, limits=limits)
 
 
+def _member(value: Any, union: Any, *, path: KeyPath, origin: Origin) -> Any:
+    """The type of a union that ``value`` is meant for: a section for a table, the other one for everything else."""
+    members = [item for item in typing.get_args(union) if item is not types.NoneType]
+    if len(members) == 1:
+        return members[0]
+    sections = [item for item in members if dataclasses.is_dataclass(item)]
+    others = [item for item in members if item not in sections]
+    assert len(sections) == len(others) == 1, "a union holds one section and one other type"
+    if isinstance(value, dict):
+        return sections[0]
+    if value is None or isinstance(value, list | bool | str):
+        words = f"{kind_of(value)}, but must be {type_words(union)}"
+        keys = ", ".join(file_name(item) for item in dataclasses.fields(sections[0]))
+        raise origin.error(path, f"= {shown(value)} is {words} with the keys {keys}; change it")
+    return others[0]
+
+
 def build_section[Section](cls: type[Section], values: dict[str, Any], *, path: KeyPath, origin: Origin) -> Section:
     """Build the section dataclass ``cls`` from its part of the tree."""
-    known = {item.name: item for item in dataclasses.fields(cls)}
+    known = {file_name(item): item for item in dataclasses.fields(cls)}
     for key in values:
         if key not in known:
             raise origin.error((*path, key), f"is not a setting: {did_you_mean(key, list(known), what='setting')}")
@@ -85,9 +103,9 @@ def build_section[Section](cls: type[Section], values: dict[str, Any], *, path: 
             raise origin.error((*path, name), f"is missing: set it ({lower_first(item.metadata['doc'])})")
     hints = field_types(cls)
     converted = {
-        key: convert(value, hints[key], path=(*path, key), origin=origin, limits=known[key].metadata)
+        item.name: convert(value, hints[item.name], path=(*path, key), origin=origin, limits=item.metadata)
         for key, value in values.items()
-        if not _means_default(value, hints[key])
+        if not _means_default(value, hints[(item := known[key]).name])
     }
     return cls(**converted)
 

@@ -10,7 +10,6 @@ from typing import Any
 from symbiotic.config.convert import field_types, type_words
 from symbiotic.config.megatron_fields import DEFAULTS, DERIVED
 from symbiotic.config.messages import shown
-from symbiotic.config.refused import refusal_rows
 from symbiotic.config.schema import (
     YAML_NAMES,
     Config,
@@ -18,9 +17,11 @@ from symbiotic.config.schema import (
     GroupConfig,
     RouterConfig,
     ShieldConfig,
+    ShieldRamp,
     ShieldTargets,
     SourceConfig,
     StageConfig,
+    file_name,
 )
 
 INTRODUCTION = """\
@@ -58,9 +59,9 @@ TransformerConfig.bf16=true
 - A whole number is accepted where a number is expected; nothing else is converted. `1e-4` is a number.
 - A key given twice, an alias (`*name`) and a merge key (`<<`) are refused.
 - File names count from the working directory, only `extends` from its own file.
-- Where a key names a role (`rates`, `rate_factors`, `frozen`) it may be a pattern such as `router.*`. The exact name
-  decides before any pattern; of several patterns the first one does, and the keys of an extending file come before
-  those of the file that it extends.
+- Where a key names a role (`rates`, `rate_factors`, `frozen`, `maop.roles`) it may be a pattern such as `router.*`.
+  The exact name decides before any pattern; of several patterns the first one does, and the keys of an extending file
+  come before those of the file that it extends.
 """
 
 ROLES = """\
@@ -111,7 +112,10 @@ def _section(item: dataclasses.Field, expected: Any) -> str:
         "`generation_latent`. Other groups need their routers spelled out. Types that no router names go with text.\n\n"
         + _settings_table(RouterConfig),
         "rates": item.metadata.get("doc", ""),
-        "stages": "A list; each element is a stage. Without stages the whole run is one.\n\n" + _described(StageConfig),
+        "stages": "A list; each element is a stage. Without stages the whole run is one.\n\n"
+        + _described(StageConfig)
+        + "\n\nA ramp in `shield`: "
+        + _described(ShieldRamp),
     }
     return f"## `{item.name}`\n\n{texts[item.name]}\n"
 
@@ -123,7 +127,7 @@ def _described(cls: type) -> str:
 def _settings_table(cls: type) -> str:
     hints = field_types(cls)
     rows = [
-        (f"`{item.name}`", _type_and_limits(item, hints[item.name]), _default(item), item.metadata["doc"])
+        (f"`{file_name(item)}`", _type_and_limits(item, hints[item.name]), _default(item), item.metadata["doc"])
         for item in dataclasses.fields(cls)
     ]
     return table(("setting", "type", "default", "meaning"), rows)
@@ -132,7 +136,7 @@ def _settings_table(cls: type) -> str:
 def _type_and_limits(item: dataclasses.Field, expected: Any) -> str:
     arguments = typing.get_args(expected)
     if typing.get_origin(expected) is dict:
-        words = "table of numbers"
+        words = "table of numbers" if arguments[1] is float else f"table, each value {type_words(arguments[1])}"
     elif typing.get_origin(expected) is list and dataclasses.is_dataclass(arguments[0]):
         words = "list of tables"
     elif typing.get_origin(expected) is list and typing.get_origin(arguments[0]) is typing.Literal:
@@ -164,19 +168,16 @@ def _megatron_sections() -> str:
     return f"""\
 ## `TransformerConfig`, `OptimizerConfig`, `DistributedDataParallelConfig`
 
-These sections take every field of megatron-core's dataclasses of the same names, except those of the two tables
-below. `activation_func` is the name of a function (silu, gelu, relu), a dtype is a name such as bfloat16, an
-enumeration is the name of its member. Our defaults, where they differ from Megatron's:
+These sections take the fields of megatron-core's dataclasses of the same names, except those that follow from other
+settings, in the table below, and those that are refused: [megatron_flags.md](megatron_flags.md) says which, and which
+tests run with the others. `activation_func` is the name of a function (silu, gelu, relu), a dtype is a name such as
+bfloat16, an enumeration is the name of its member. Our defaults, where they differ from Megatron's:
 
 {table(("field", "default"), defaults)}
 
 ### Fields that follow from other settings
 
 {table(("field", "instead"), derived_rows)}
-
-### Settings that are refused
-
-{table(("setting", "values that work", "reason"), refusal_rows())}
 """
 
 

@@ -1,7 +1,8 @@
 """Megatron settings that this model refuses by name, each with its reason.
 
 Three kinds: those that would drop the token types on their way to a layer, those that assume one pool of experts,
-and those that one of our own layers would ignore without a word. ``docs/configuration.md`` shows the table.
+and those that one of our own layers would ignore without a word. ``docs/megatron_flags.md`` shows the table, next
+to the fields that nothing here reads and those that work (``megatron_support``).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from symbiotic.config.megatron_fields import DDP, OPTIMIZER, TRANSFORMER
+from symbiotic.config.megatron_support import UNUSED
 from symbiotic.config.messages import shown
 from symbiotic.config.schema import Config
 
@@ -60,6 +62,8 @@ REFUSALS = (
     Refusal(fields=("mlp_chunks_for_training",), allowed=(1,), reason=_CHUNKS),
     Refusal(fields=("moe_router_fusion", "moe_router_num_groups", "moe_router_group_topk",
                     "moe_router_topk_limited_devices", "moe_enable_routing_replay"), reason=_ONE_POOL),
+    Refusal(fields=("moe_router_force_load_balancing",),
+            reason="its random logits would send tokens to the experts of other groups"),
     Refusal(fields=("moe_single_grouped_weight", "moe_single_grouped_bias", "use_transformer_engine_op_fuser"),
             reason=_OWN_PARAMETER),
     Refusal(fields=("moe_router_score_function",), allowed=("softmax", "sigmoid"),
@@ -90,10 +94,27 @@ REFUSALS = (
                     "use_mup", "mrope_section", "fused_single_qkv_rope", "batch_invariant_mode",
                     "moe_router_force_biased", "moe_latent_size", "moe_shared_expert_glu_interleave_size",
                     "moe_mlp_glu_interleave_size", "use_grouped_gemm_for_shared_expert",
-                    "use_grouped_gemm_for_dense_mlp", "moe_apply_probs_on_input"), reason=_IGNORED),
+                    "use_grouped_gemm_for_dense_mlp", "moe_apply_probs_on_input", "layernorm_zero_centered_gamma",
+                    "memory_efficient_layer_norm", "persist_layer_norm", "masked_softmax_fusion",
+                    "apply_residual_connection_post_layernorm"), reason=_IGNORED),
+    Refusal(fields=("attention_softmax_in_fp32",), allowed=(True,),
+            reason="attention takes its softmax in float32 always"),
+    Refusal(fields=("fp32_residual_connection",),
+            reason="torch's norms would hand float32 rows to the bfloat16 linears after them"),
+    Refusal(fields=("defer_embedding_wgrad_compute",),
+            reason="the output layer in two parts doesn't defer its weight gradients"),
+    Refusal(fields=("num_microbatches_with_partial_activation_checkpoints",),
+            reason="the training step recomputes all microbatches alike"),
+    Refusal(fields=("overlap_p2p_comm_warmup_flush",),
+            reason="with a larger microbatch_group_size_per_vp_stage two pipeline stages can wait for each other"),
+    Refusal(fields=("distribute_saved_activations",),
+            reason="it needs tensor parallelism without sequence parallelism, which these layers don't have"),
     Refusal(fields=("hierarchical_context_parallel_sizes", "hybrid_context_parallel", "max_seqlen_per_dp_cp_rank",
-                    "tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"),
+                    "tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards",
+                    "pipeline_model_parallel_comm_backend", "use_ring_exchange_p2p"),
             reason=_NO_GROUPS),
+    Refusal(fields=("tp_comm_overlap",), reason="the communication buffers it needs are not made here"),
+    Refusal(fields=("use_te_rng_tracker",), reason="checkpoints keep the states of megatron-core's own tracker"),
     Refusal(fields=("gtp_weight_remat_size", "expert_gtp_weight_remat_size"), allowed=(1,), reason=_NO_GROUPS),
     Refusal(fields=("num_distributed_optimizer_instances",), section=DDP, allowed=(1,), reason=_NO_GROUPS),
     Refusal(fields=("cpu_offloading", "fine_grained_activation_offloading", "init_model_with_meta_device",
@@ -108,9 +129,8 @@ REFUSALS = (
     Refusal(fields=("use_megatron_fsdp", "use_custom_fsdp"), section=DDP, reason=_SHARDING),
     Refusal(fields=("data_parallel_sharding_strategy", "outer_dp_sharding_strategy"), section=DDP,
             allowed=("no_shard",), reason=_SHARDING),
-    Refusal(fields=("gradient_accumulation_fusion", "tp_comm_overlap", "apply_rope_fusion", "moe_permute_fusion",
-                    "masked_softmax_fusion", "persist_layer_norm", "use_te_rng_tracker", "use_te_activation_func",
-                    "defer_embedding_wgrad_compute", "symmetric_ar_type"),
+    Refusal(fields=("gradient_accumulation_fusion", "apply_rope_fusion", "moe_permute_fusion",
+                    "use_te_activation_func"),
             device="cpu", reason="its kernels need a GPU"),
     Refusal(fields=("use_precision_aware_optimizer",), section=OPTIMIZER, device="cpu",
             reason="it needs Transformer Engine's Adam"),
@@ -120,7 +140,7 @@ REFUSALS = (
 
 
 def check_refused(config: Config, *, device: str) -> None:
-    """Refuse the settings of :data:`REFUSALS`.
+    """Refuse the settings of :data:`REFUSALS`, and those of ``megatron_support.UNUSED`` whatever their value.
 
     Args:
         config: the configuration.
@@ -130,6 +150,11 @@ def check_refused(config: Config, *, device: str) -> None:
         ConfigError: the first one, with its reason and the value that works.
     """
     sections = {TRANSFORMER: config.transformer, OPTIMIZER: config.optimizer, DDP: config.ddp}
+    for section, values in sections.items():
+        for reason, names in UNUSED[section].items():
+            for name in names:
+                if name in values:
+                    raise config.origin.error((section, name), f"does nothing here: {reason}; leave it out")
     for refusal in REFUSALS:
         if refusal.device not in (None, device):
             continue

@@ -18,18 +18,29 @@ RoleRates = dict[str, float]
 
 
 def setting(
-    default: Any = MISSING, doc: str = "", *, minimum: float | None = None, maximum: float | None = None
+    default: Any = MISSING,
+    doc: str = "",
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    name: str | None = None,
 ) -> Any:
     """A field of a section: its default, one line of help and, for numbers, its limits (both inclusive).
 
-    A list or dict default is copied for every instance. Without a default the setting must be given.
+    A list or dict default is copied for every instance. Without a default the setting must be given. ``name`` is its
+    name in the file where Python has a keyword of that name.
     """
-    metadata = {"doc": doc, "minimum": minimum, "maximum": maximum}
+    metadata = {"doc": doc, "minimum": minimum, "maximum": maximum, "name": name}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     if default is MISSING:
         return field(metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def file_name(item: dataclasses.Field) -> str:
+    """The name of a section's field in the YAML file."""
+    return item.metadata.get("name") or item.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +78,11 @@ class ModelConfig:
 class GroupConfig:
     """One group of routed experts."""
 
-    experts: int = setting(doc="Routed experts of the group in each MoE block; at least moe_router_topk.", minimum=1)
+    experts: int = setting(
+        doc="Routed experts of the group in each MoE block, or in the first one where a partition table gives blocks "
+        "other sizes; at least moe_router_topk.",
+        minimum=1,
+    )
     topk: int | None = setting(
         None, "Refused unless it equals TransformerConfig.moe_router_topk: one top-k holds for all groups.", minimum=1
     )
@@ -184,6 +199,24 @@ class ScheduleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MaopConfig:
+    """Projection of gradients that point against Adam's first moment (MAOP of Rosetta, arXiv 2607.00293)."""
+
+    roles: list[str] = setting(
+        [], "Roles or patterns whose tensors are projected, such as shared_expert; empty turns it off."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShieldRamp:
+    """A shield factor that changes linearly over the first steps of its stage and stays at the last value."""
+
+    start: float = setting(doc="Factor of the stage's first step.", minimum=0.0, name="from")
+    end: float = setting(doc="Factor of the ramp's last step and of all later ones.", minimum=0.0, name="to")
+    steps: int | None = setting(None, "Length of the ramp; null takes the whole stage.", minimum=2)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """A stretch of steps with its own shield, rates, loss weights and data mixture."""
 
@@ -191,9 +224,9 @@ class StageConfig:
     steps: int | None = setting(
         None, "Length in optimizer steps; null, in the last stage only, lasts until training.steps.", minimum=1
     )
-    shield: dict[str, float] = setting(
-        {}, "Token type: factor on the gradient that its rows send into the targets of the shield; 1.0 where unset.",
-        minimum=0.0,
+    shield: dict[str, float | ShieldRamp] = setting(
+        {}, "Token type: factor, or ramp of it, on the gradient that its rows send into the targets of the shield; "
+        "1.0 where unset.", minimum=0.0,
     )  # fmt: skip
     rate_factors: dict[str, float] = setting(
         {}, "Role or pattern: factor on its learning rate; 1.0 where unset.", minimum=0.0
@@ -285,6 +318,7 @@ class Config:
     )
     schedule: ScheduleConfig = ScheduleConfig()
     stages: list[StageConfig] = field(default_factory=list)
+    maop: MaopConfig = MaopConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     routing_metrics: RoutingMetricsConfig = RoutingMetricsConfig()
@@ -333,7 +367,7 @@ def section_names() -> list[str]:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {item.name: _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {file_name(item): _plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

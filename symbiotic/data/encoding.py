@@ -1,17 +1,21 @@
 """Documents into tokens: the work of one preprocessing process, without any file that is shared.
 
-An encoder gets a batch of lines and gives back plain arrays: tokens of all segments, their lengths and
+An encoder gets a batch of records and gives back plain arrays: tokens of all segments, their lengths and
 modes, and how many segments each document has. Records that can't be used come back with a reason.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
+from symbiotic.data.blocks import DOCUMENT_SCHEMA, DocumentBlock
 from symbiotic.data.codecs import ImageCodec, load_codec, read_image
-from symbiotic.data.readers import LineBatch, parse_line
+from symbiotic.data.formats import CorpusFormat, corpus_format
+from symbiotic.data.readers import RawRecord, Unreadable, parse
+from symbiotic.data.text_encoding import TextEncoder
 from symbiotic.errors import DataError
 from symbiotic.tokens.documents import Document, ImageSegment, ImageUse, RecordError, TextSegment
 from symbiotic.tokens.tokenizer import Tokenizer
@@ -33,60 +37,58 @@ class EncoderFiles:
         tokenizer: the SentencePiece model.
         codec: folder of the image codec, None where every image comes as codes.
         image_root: folder that image paths are relative to.
+        backend: what encodes texts, one of `text_encoding.BACKENDS`; it doesn't change the ids.
     """
 
     vocabulary: Path
     tokenizer: Path
     codec: Path | None = None
     image_root: Path | None = None
+    backend: str = "sentencepiece"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rejection:
-    """A record that was left out, and why."""
+    """A record that was left out, and why; ``member`` is its key in a tar."""
 
     file: str
     line: int
     reason: str
+    member: str | None = None
+
+    def to_json(self) -> dict[str, str | int]:
+        """The line of the quarantine file."""
+        return {key: value for key, value in vars(self).items() if value is not None}
 
 
 @dataclass(kw_only=True)
 class EncodedBatch:
-    """The documents of one batch of lines as arrays.
+    """The documents of one batch of records.
 
     Attributes:
-        file: the input file.
+        block: the documents, tokens as int32.
         num_bytes: bytes of input.
-        tokens: int32 [tokens], all segments one after the other.
-        lengths: int32 [segments], tokens of each.
-        modes: int8 [segments], mode byte of each.
-        num_segments: int32 [documents], segments of each.
-        lines: int64 [documents], line of each in the file.
-        ids: id of each document.
-        licenses: licence of each document, None where the record names none.
         rejections: records left out, in file order.
     """
 
-    file: str
+    block: DocumentBlock
     num_bytes: int
-    tokens: np.ndarray
-    lengths: np.ndarray
-    modes: np.ndarray
-    num_segments: np.ndarray
-    lines: np.ndarray
-    ids: list[str]
-    licenses: list[str | None]
     rejections: list[Rejection] = field(default_factory=list)
+
+    @property
+    def ids(self) -> list[str]:
+        """Id of each document."""
+        return self.block.table.column("id").to_pylist()
 
     def documents(self) -> Iterator[list[tuple[np.ndarray, int]]]:
         """(tokens, mode) of every segment, document by document; the arrays are views."""
-        ends = np.cumsum(self.lengths).tolist()
+        ends = np.cumsum(self.block.lengths).tolist()
         segments = [
-            (self.tokens[end - length : end], mode)
-            for end, length, mode in zip(ends, self.lengths.tolist(), self.modes.tolist(), strict=True)
+            (self.block.tokens[end - length : end], mode)
+            for end, length, mode in zip(ends, self.block.lengths.tolist(), self.block.modes.tolist(), strict=True)
         ]
         start = 0
-        for count in self.num_segments.tolist():
+        for count in self.block.segment_counts.tolist():
             yield segments[start : start + count]
             start += count
 
@@ -94,14 +96,15 @@ class EncodedBatch:
 class DocumentEncoder:
     """Turns documents into segments of vocabulary ids, as the shard contract has them."""
 
-    def __init__(self, files: EncoderFiles) -> None:
-        """Load vocabulary, tokenizer and codec.
+    def __init__(self, files: EncoderFiles, *, format: str = "record") -> None:
+        """Load vocabulary, tokenizer and codec; ``format`` is the layout of the corpus.
 
         Raises:
             DataError: one of them is missing or damaged, or they don't belong together.
         """
         self.files = files
         self.vocabulary = VocabularyLayout.load(files.vocabulary)
+        self.format: CorpusFormat = corpus_format(format)
         self.tokenizer = Tokenizer(files.tokenizer)
         self.codec: ImageCodec | None = load_codec(files.codec) if files.codec is not None else None
         laid_out_for = (self.vocabulary.tokenizer_digest, self.vocabulary.text_size)
@@ -117,41 +120,63 @@ class DocumentEncoder:
             )
         if files.image_root is not None and not files.image_root.is_dir():
             raise DataError(f"{files.image_root}: the image root is no folder; give the one image paths start from")
+        self._encode_texts = TextEncoder(self.tokenizer, backend=files.backend)
 
-    def encode_batch(self, batch: LineBatch) -> EncodedBatch:
+    def encode_batch(self, records: Iterable[RawRecord | Unreadable]) -> EncodedBatch:
         """Encode every record of a batch; a bad one becomes a rejection."""
         documents: list[Document] = []
         images: list[np.ndarray] = []
         rejections: list[Rejection] = []
-        for number, line in batch.lines():
-            try:
-                document = parse_line(line, file=batch.file, line=number)
-                images.extend(self._encode_images(document))
-            except RecordError as error:
-                rejections.append(Rejection(file=error.file, line=error.line, reason=error.reason))
+        num_bytes = 0
+        for record in records:
+            num_bytes += record.num_bytes
+            if isinstance(record, Unreadable):
+                reason = record.reason
             else:
-                documents.append(document)
-        return self._assemble(batch, documents, images=images, rejections=rejections)
+                try:
+                    document = parse(record, format=self.format)
+                    images.extend(self._encode_images(document))
+                    documents.append(document)
+                    continue
+                except RecordError as error:
+                    reason = error.reason
+            rejections.append(Rejection(file=record.file, line=record.line, reason=reason, member=record.member))
+        block = self._assemble(documents, images=images)
+        if not block.lengths.all():
+            block, without = _without_empty(block, documents)
+            rejections = sorted(rejections + without, key=lambda rejection: rejection.line)
+        return EncodedBatch(block=block, num_bytes=num_bytes, rejections=rejections)
 
-    def _assemble(
-        self, batch: LineBatch, documents: list[Document], *, images: list[np.ndarray], rejections: list[Rejection]
-    ) -> EncodedBatch:
+    def _assemble(self, documents: list[Document], *, images: list[np.ndarray]) -> DocumentBlock:
         """Put texts (tokenized all at once) and images back into reading order."""
         segments = [segment for document in documents for segment in document.segments]
-        texts = iter(self.tokenizer.encode_batch([s.text for s in segments if isinstance(s, TextSegment)]))
-        codes = iter(images)
-        tokens = [next(texts) if isinstance(segment, TextSegment) else next(codes) for segment in segments]
-        return EncodedBatch(
-            file=batch.file,
-            num_bytes=len(batch.data),
-            tokens=np.concatenate(tokens) if tokens else np.empty(0, dtype=np.int32),
-            lengths=np.array([len(ids) for ids in tokens], dtype=np.int32),
-            modes=np.array([segment_mode(segment) for segment in segments], dtype=np.int8),
-            num_segments=np.array([len(document.segments) for document in documents], dtype=np.int32),
-            lines=np.array([document.line for document in documents], dtype=np.int64),
-            ids=[document.id for document in documents],
-            licenses=[document.license for document in documents],
-            rejections=rejections,
+        tokens, lengths = self._encode_texts([s.text for s in segments if isinstance(s, TextSegment)])
+        if images:
+            ends = np.cumsum(lengths).tolist()
+            texts = iter(zip(ends, lengths.tolist(), strict=True))
+            codes, ordered = iter(images), []
+            for segment in segments:
+                if isinstance(segment, TextSegment):
+                    end, length = next(texts)
+                    ordered.append(tokens[end - length : end])
+                else:
+                    ordered.append(next(codes))
+            tokens = np.concatenate(ordered)
+            lengths = np.fromiter(map(len, ordered), dtype=np.int32, count=len(ordered))
+        return DocumentBlock(
+            tokens=tokens,
+            lengths=lengths,
+            modes=np.fromiter(map(segment_mode, segments), dtype=np.int8, count=len(segments)),
+            segment_counts=np.fromiter((len(d.segments) for d in documents), dtype=np.int32, count=len(documents)),
+            table=pa.table(
+                {
+                    "id": [document.id for document in documents],
+                    "source_file": [document.source for document in documents],
+                    "line": [document.line for document in documents],
+                    "license": [document.license for document in documents],
+                },
+                schema=DOCUMENT_SCHEMA,
+            ),
         )
 
     def _encode_images(self, document: Document) -> list[np.ndarray]:
@@ -194,7 +219,21 @@ class DocumentEncoder:
         return self.codec.encode(read_image(data, channels=self.codec.channels))
 
 
+def _without_empty(block: DocumentBlock, documents: list[Document]) -> tuple[DocumentBlock, list[Rejection]]:
+    """Leave out documents with a text of no piece, such as spaces under a tokenizer that strips them."""
+    empty = np.zeros(len(documents), dtype=bool)
+    empty[np.repeat(np.arange(len(documents)), block.segment_counts)[block.lengths == 0]] = True
+    reason = "a text gives no token with this tokenizer, as it is of spaces only; drop the segment"
+    bad = [documents[number] for number in np.flatnonzero(empty)]
+    rejections = [Rejection(file=document.source, line=document.line, reason=reason) for document in bad]
+    return block.select(~empty), rejections
+
+
+_TYPES = (TokenType.TEXT, *_TYPE_OF_USE.values())
+_MODES = {(kind, loss): mode_byte(kind, loss=loss) for kind in _TYPES for loss in (True, False)}
+
+
 def segment_mode(segment: TextSegment | ImageSegment) -> int:
     """The mode byte a shard stores for a segment."""
-    token_type = TokenType.TEXT if isinstance(segment, TextSegment) else _TYPE_OF_USE[segment.use]
-    return mode_byte(token_type, loss=segment.loss)
+    kind = TokenType.TEXT if isinstance(segment, TextSegment) else _TYPE_OF_USE[segment.use]
+    return _MODES[kind, segment.loss]

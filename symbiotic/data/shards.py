@@ -19,9 +19,7 @@ import contextlib
 import hashlib
 import json
 import logging
-from array import array
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -30,7 +28,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from symbiotic.data.index_file import SegmentIndex, read_index, token_dtype
+from symbiotic.data.blocks import DOCUMENT_SCHEMA, ROWS_PER_GROUP, DocumentBlock, TypeCounts, row_groups
+from symbiotic.data.index_file import CHUNK_SEGMENTS, SegmentIndex, read_index, token_dtype
 from symbiotic.data.segments import SEGMENT_TYPES, SegmentRules
 from symbiotic.errors import DataError
 from symbiotic.files import replacing, sha256_of, write_text
@@ -45,11 +44,6 @@ FILE_SUFFIXES = {"tokens": ".bin", "index": ".idx", "documents": ".docs.parquet"
 """Role of each data file in the manifest, and its ending."""
 
 ShardFormat = Literal["symbiotic", "megatron"]
-
-_DOCUMENT_SCHEMA = pa.schema(
-    [("id", pa.string()), ("source_file", pa.string()), ("line", pa.int64()), ("license", pa.string())]
-)
-_ROWS_PER_GROUP = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -90,14 +84,14 @@ class ShardWriter:
         self.prefix = Path(prefix)
         self._vocabulary = vocabulary
         self._rules = SegmentRules(vocabulary)
-        self._dtype = token_dtype(vocabulary.image_offset + vocabulary.codebook_size)
-        self._lengths = array("i")
-        self._modes = bytearray()
-        self._first_segments = array("q", [0])
-        self._num_tokens = 0
+        self._dtype = shard_dtype(vocabulary)
+        self._lengths: list[np.ndarray] = []
+        self._modes: list[np.ndarray] = []
+        self._segment_counts: list[np.ndarray] = []
         self._tokens_sha256 = hashlib.sha256()
-        self._counts = {"segments": Counter(), "tokens": Counter(), "loss_tokens": Counter()}
+        self._counts = TypeCounts()
         self._records: list[DocumentRecord] = []
+        self._tables: list[pa.Table] = []
         self._closed = False
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._files = contextlib.ExitStack()
@@ -105,7 +99,7 @@ class ShardWriter:
             self._tokens_file = opening.enter_context(replacing(shard_path(self.prefix, ".bin")))
             documents_file = opening.enter_context(replacing(shard_path(self.prefix, ".docs.parquet")))
             self._documents = opening.enter_context(
-                pq.ParquetWriter(documents_file, _DOCUMENT_SCHEMA, compression="zstd")
+                pq.ParquetWriter(documents_file, DOCUMENT_SCHEMA, compression="zstd")
             )
             self._files = opening.pop_all()
 
@@ -136,27 +130,40 @@ class ShardWriter:
         modes = np.array([mode for _, mode in segments], dtype=np.int64)
         if ((modes < 0) | (modes > 127)).any():
             raise DataError(f"{place} has a segment of mode {modes.tolist()}; a mode byte lies in 0..127")
-        types, has_loss = split_modes(modes, file=place)
         tokens = np.concatenate([np.asarray(tokens) for tokens, _ in segments])
-        fault = self._rules.fault(tokens, lengths=lengths, types=types)
-        if fault is not None:
-            raise DataError(f"{place}: {fault}")
+        block = DocumentBlock(
+            tokens=tokens,
+            lengths=lengths,
+            modes=modes.astype(np.int8),
+            segment_counts=np.array([len(segments)]),
+            table=_NO_ROWS,
+        )
+        block.check(self._rules, place=place)
+        self._append(block)
+        self._records.append(record)
+        if len(self._records) == ROWS_PER_GROUP:
+            self._collect_records()
 
-        data = tokens.astype(self._dtype).tobytes()
+    def add_block(self, block: DocumentBlock) -> None:
+        """Append many documents at once, with their rows.
+
+        Raises:
+            DataError: a segment is empty, has an unknown mode, or an id that its type doesn't allow.
+        """
+        block.check(self._rules, place=str(self.prefix))
+        self._append(block)
+        self._collect_records()
+        self._tables.append(block.table)
+
+    def _append(self, block: DocumentBlock) -> None:
+        data = block.tokens.astype(self._dtype).tobytes()
         self._tokens_file.write(data)
         self._tokens_sha256.update(data)
-        self._num_tokens += len(tokens)
-        self._lengths.extend(lengths.tolist())
-        self._modes.extend(modes.tolist())
-        self._first_segments.append(len(self._lengths))
-        for token_type, length, loss in zip(types.tolist(), lengths.tolist(), has_loss.tolist(), strict=True):
-            name = TokenType(token_type).name.lower()
-            self._counts["segments"][name] += 1
-            self._counts["tokens"][name] += length
-            self._counts["loss_tokens"][name] += length if loss else 0
-        self._records.append(record)
-        if len(self._records) == _ROWS_PER_GROUP:
-            self._write_records()
+        lengths = block.lengths.astype(np.int32)
+        self._lengths.append(lengths)
+        self._modes.append(block.modes)
+        self._segment_counts.append(block.segment_counts.astype(np.int64))
+        self._counts.add(lengths, block.modes)
 
     def finalize(self) -> dict[str, Any]:
         """Put the files in place, the manifest last, and return the manifest.
@@ -164,19 +171,28 @@ class ShardWriter:
         Raises:
             DataError: no document was added.
         """
-        if len(self._first_segments) == 1:
+        if not self._segment_counts:
             self.abort()
             raise DataError(f"{self.prefix}: the corpus gave no document; a shard holds at least one")
         # Until the new manifest stands there must be none: an old one beside new data would look like damage.
         shard_path(self.prefix, ".manifest.json").unlink(missing_ok=True)
-        if self._records:
-            self._write_records()
+        self._collect_records()
+        for group in row_groups(self._tables):
+            self._documents.write_table(group)
         self._files.close()
         index = self._index()
         with replacing(shard_path(self.prefix, ".idx")) as file:
             for chunk in index.to_chunks():
                 file.write(chunk)
-        manifest = self._manifest(index)
+        manifest = manifest_of(
+            vocabulary=self._vocabulary,
+            dtype=self._dtype,
+            documents=index.num_documents,
+            segments=index.num_segments,
+            tokens=index.num_tokens,
+            counts=self._counts,
+            files=file_entries(self.prefix, known={"tokens": self._tokens_sha256.hexdigest()}),
+        )
         write_text(shard_path(self.prefix, ".manifest.json"), manifest_text(manifest))
         self._closed = True
         return manifest
@@ -187,48 +203,72 @@ class ShardWriter:
             raise _Aborted
         self._closed = True
 
-    def _write_records(self) -> None:
-        rows = [asdict(record) for record in self._records]
-        self._documents.write_table(pa.Table.from_pylist(rows, schema=_DOCUMENT_SCHEMA))
-        self._records.clear()
+    def _collect_records(self) -> None:
+        if self._records:
+            rows = [asdict(record) for record in self._records]
+            self._tables.append(pa.Table.from_pylist(rows, schema=DOCUMENT_SCHEMA))
+            self._records.clear()
 
     def _index(self) -> SegmentIndex:
-        lengths = np.frombuffer(self._lengths, dtype=np.int32)
+        lengths = np.concatenate(self._lengths)
         ends = np.cumsum(lengths, dtype=np.int64)
         return SegmentIndex(
             dtype=self._dtype,
             lengths=lengths,
             positions=(ends - lengths) * self._dtype.itemsize,
-            first_segments=np.frombuffer(self._first_segments, dtype=np.int64),
-            modes=np.frombuffer(self._modes, dtype=np.int8),
+            first_segments=np.concatenate([[0], np.cumsum(np.concatenate(self._segment_counts))]),
+            modes=np.concatenate(self._modes),
         )
-
-    def _manifest(self, index: SegmentIndex) -> dict[str, Any]:
-        digests = {"tokens": self._tokens_sha256.hexdigest()}
-        files = {}
-        for role, suffix in FILE_SUFFIXES.items():
-            path = shard_path(self.prefix, suffix)
-            digest = digests.get(role) or sha256_of(path)
-            files[role] = {"name": path.name, "size": path.stat().st_size, "sha256": digest}
-        return {
-            "format": SHARD_FORMAT,
-            "version": SHARD_VERSION,
-            "vocabulary": self._vocabulary.digest,
-            "tokenizer": self._vocabulary.tokenizer_digest,
-            "dtype": self._dtype.name,
-            "documents": index.num_documents,
-            "segments": index.num_segments,
-            "tokens": index.num_tokens,
-            "by_type": {
-                name: {unit: self._counts[unit][name] for unit in ("segments", "tokens", "loss_tokens")}
-                for name in sorted(self._counts["segments"])
-            },
-            "files": files,
-        }
 
 
 class _Aborted(Exception):
     """Makes the open files of a writer drop what they hold."""
+
+
+_NO_ROWS = DOCUMENT_SCHEMA.empty_table()
+
+
+def shard_dtype(vocabulary: VocabularyLayout) -> np.dtype:
+    """The type that tokens of this vocabulary have in a shard."""
+    return token_dtype(vocabulary.image_offset + vocabulary.codebook_size)
+
+
+def file_entries(prefix: Path | str, *, known: Mapping[str, str]) -> dict[str, Any]:
+    """The manifest's ``files``: name, size and SHA-256 by role; digests that are ``known`` aren't taken again."""
+    entries = {}
+    for role, suffix in FILE_SUFFIXES.items():
+        path = shard_path(prefix, suffix)
+        entries[role] = {
+            "name": path.name,
+            "size": path.stat().st_size,
+            "sha256": known.get(role) or sha256_of(path),
+        }
+    return entries
+
+
+def manifest_of(
+    *,
+    vocabulary: VocabularyLayout,
+    dtype: np.dtype,
+    documents: int,
+    segments: int,
+    tokens: int,
+    counts: TypeCounts,
+    files: dict[str, Any],
+) -> dict[str, Any]:
+    """The manifest of a shard, without its digest."""
+    return {
+        "format": SHARD_FORMAT,
+        "version": SHARD_VERSION,
+        "vocabulary": vocabulary.digest,
+        "tokenizer": vocabulary.tokenizer_digest,
+        "dtype": dtype.name,
+        "documents": documents,
+        "segments": segments,
+        "tokens": tokens,
+        "by_type": counts.by_type(),
+        "files": files,
+    }
 
 
 def manifest_text(manifest: dict[str, Any]) -> str:
@@ -318,7 +358,12 @@ class Shard:
 
     @classmethod
     def open(
-        cls, prefix: Path | str, *, format: ShardFormat = "symbiotic", vocabulary: VocabularyLayout | None = None
+        cls,
+        prefix: Path | str,
+        *,
+        format: ShardFormat = "symbiotic",
+        vocabulary: VocabularyLayout | None = None,
+        hashed: Sequence[str] = (),
     ) -> Self:
         """Open a shard and refuse one that is missing, incomplete, changed or of another vocabulary.
 
@@ -330,6 +375,7 @@ class Shard:
             format: ``megatron`` opens a text shard without modes and manifest, whose documents end with
                 their own end-of-document token.
             vocabulary: the layout the reader uses; None skips the comparison.
+            hashed: roles of FILE_SUFFIXES whose bytes are checked beside those of the index.
 
         Raises:
             DataError: naming the file and what is wrong with it.
@@ -340,7 +386,7 @@ class Shard:
             shard._warn_of_other_eod(vocabulary)
             return shard
         manifest = read_manifest(prefix)
-        _check_files(prefix, manifest, hashed=("index",))
+        _check_files(prefix, manifest, hashed=("index", *hashed))
         if vocabulary is not None and manifest["vocabulary"] != vocabulary.digest:
             raise DataError(
                 f"{shard_path(prefix, '.manifest.json')}: the shard was written with vocabulary "
@@ -348,6 +394,7 @@ class Shard:
                 "layout of the corpus or write the shard again"
             )
         index = read_index(shard_path(prefix, ".idx"), with_modes=True)
+        _check_tokens_size(prefix, index)
         return cls(prefix=prefix, format=format, index=index, manifest=manifest)
 
     @property
@@ -407,7 +454,14 @@ class Shard:
         """
         if self.manifest is None:
             raise DataError(f"{self.prefix}: a shard of format megatron has no document table")
-        return pq.read_table(shard_path(self.prefix, ".docs.parquet"))
+        path = shard_path(self.prefix, ".docs.parquet")
+        try:
+            table = pq.read_table(path)
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{path}: the document table can't be read ({error}); copy the shard again") from error
+        if table.schema.names != DOCUMENT_SCHEMA.names or table.schema.types != DOCUMENT_SCHEMA.types:
+            raise DataError(f"{path}: these aren't the columns of a document table; write the shard again")
+        return table
 
 
 def _open_megatron_index(prefix: Path) -> SegmentIndex:
@@ -417,14 +471,20 @@ def _open_megatron_index(prefix: Path) -> SegmentIndex:
         if not path.exists():
             raise DataError(f"{path}: the file is missing; check data.sources or write the shard again")
     index = read_index(index_path, with_modes=False)
+    _check_tokens_size(prefix, index)
+    if not index.num_tokens:
+        raise DataError(f"{tokens}: the shard holds no token; remove it from data.sources")
+    return index
+
+
+def _check_tokens_size(prefix: Path, index: SegmentIndex) -> None:
+    """Compare the size of the tokens with what the index announces."""
+    tokens = shard_path(prefix, ".bin")
     expected, found = index.num_tokens * index.dtype.itemsize, tokens.stat().st_size
     if found != expected:
         raise DataError(
             f"{tokens}: the file has {found} bytes where the index announces {expected}; write the shard again"
         )
-    if not index.num_tokens:
-        raise DataError(f"{tokens}: the shard holds no token; remove it from data.sources")
-    return index
 
 
 def _check_files(prefix: Path, manifest: dict[str, Any], *, hashed: Sequence[str]) -> None:
@@ -474,9 +534,29 @@ def verify_shard(prefix: Path | str, *, vocabulary: VocabularyLayout | None = No
     rows = shard.read_documents().num_rows
     if rows != shard.num_documents:
         raise DataError(f"{shard_path(prefix, '.docs.parquet')}: {rows} rows for {shard.num_documents} documents")
+    _verify_structure(shard)
     if vocabulary is not None:
         _verify_ids(shard, vocabulary)
     return manifest
+
+
+def _verify_structure(shard: Shard) -> None:
+    """Check that no document or segment is empty, and that the manifest counts what is there."""
+    index_path, manifest_path = shard_path(shard.prefix, ".idx"), shard_path(shard.prefix, ".manifest.json")
+    for first in range(0, shard.num_documents, CHUNK_SEGMENTS):
+        sizes = np.diff(shard.first_segments[first : first + CHUNK_SEGMENTS + 1])
+        if not sizes.all():
+            raise DataError(f"{index_path}: document {first + int(np.argmin(sizes))} is empty; write the shard again")
+    counts = TypeCounts()
+    for first in range(0, shard.num_segments, CHUNK_SEGMENTS):
+        lengths = shard.lengths[first : first + CHUNK_SEGMENTS]
+        if not lengths.all():
+            raise DataError(f"{index_path}: segment {first + int(np.argmin(lengths))} is empty; write the shard again")
+        counts.add(lengths, shard.index.modes[first : first + CHUNK_SEGMENTS])
+    if shard.manifest["by_type"] != counts.by_type():
+        raise DataError(f"{manifest_path}: by_type doesn't count what the index has; write the shard again")
+    if shard.manifest["dtype"] != shard.index.dtype.name:
+        raise DataError(f"{manifest_path}: dtype is {shard.manifest['dtype']}, the index has {shard.index.dtype.name}")
 
 
 def _verify_ids(shard: Shard, vocabulary: VocabularyLayout) -> None:

@@ -13,8 +13,11 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
+import jinja2
 import torch
 import transformers
 
@@ -51,7 +54,23 @@ AUTO_MAP = {
 
 PROCESSOR_CLASS = "SymbioticProcessor"
 CODEC_FOLDER = "codec"
+TRAINING_FOLDER = "training"
+"""What an import needs and transformers doesn't: vocabulary layout, SentencePiece model, the run behind the weights."""
+
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['content'] is string -%}
+{{ message['content'] }}
+{%- else -%}
+{%- for part in message['content'] -%}{{ part['text'] if part['type'] == 'text' }}{%- endfor -%}
+{%- endif -%}
+{{ '\n' }}
+{%- endfor -%}
+"""
+"""Messages one after the other, each on a line of its own: a pre-trained model knows no roles."""
+
 EXPORT_DTYPES = ("float32", "bfloat16", "float16")
+EMBEDDING_KEY = "embedding.word_embeddings.weight"
 
 
 def export_checkpoint(
@@ -63,6 +82,7 @@ def export_checkpoint(
     dtype: str | None = None,
     license_id: str = "unknown",
     max_shard_bytes: int = 5_000_000_000,
+    chat_template: Path | str | None = None,
 ) -> Path:
     """Write the exported folder.
 
@@ -74,6 +94,7 @@ def export_checkpoint(
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps each tensor as it is stored.
         license_id: licence of the weights, for the model card.
         max_shard_bytes: size of a safetensors file.
+        chat_template: Jinja file; None takes one without roles.
 
     Returns:
         The folder.
@@ -82,21 +103,19 @@ def export_checkpoint(
         CheckpointError, ConfigError, DataError: nothing was written.
     """
     output = Path(output)
-    if dtype is not None and dtype not in EXPORT_DTYPES:
-        raise CheckpointError(f"--dtype {dtype} is not a dtype to export; use one of {', '.join(EXPORT_DTYPES)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists already; name a new folder or remove it")
+    check_request(output, dtype=dtype)
+    template = read_chat_template(chat_template)
     model = huggingface_config(
         source.config,
         vocabulary=source.vocabulary,
         partition=source.partition,
-        dtype=dtype or _main_dtype(source.weights),
+        dtype=dtype or main_dtype(source.weights),
     )
     pieces = Tokenizer(tokenizer or source.vocabulary_path.with_name("tokenizer.model"))
     _check_codec(codec, source.vocabulary)
     rows = mapping_table(model)
     check_tensors(rows, source.weights)
-    with _written_at_once(output) as folder:
+    with written_at_once(output) as folder:
         # The tokenizer is compared as transformers loads it, so it comes before a config.json that asks for trust.
         write_tokenizer(folder, tokenizer=pieces, layout=source.vocabulary, max_length=model.max_position_embeddings)
         write_config(folder, model)
@@ -104,9 +123,11 @@ def export_checkpoint(
             shutil.copyfile(MODELING_FOLDER / name, folder / name)
         if codec is not None:
             shutil.copytree(codec, folder / CODEC_FOLDER)
+        write_text(folder / "chat_template.jinja", template)
+        write_training_files(folder, source, tokenizer=pieces.path)
         plans = write_weights(folder, rows, source.weights, dtype=dtype, max_shard_bytes=max_shard_bytes)
         card = model_card(
-            model, source.config, plans=plans, step=source.weights.step, layout=source.vocabulary,
+            model, source.origin, plans=plans, layout=source.vocabulary,
             partition_hash=source.partition.hash, license_id=license_id, has_codec=codec is not None,
         )  # fmt: skip
         write_text(folder / "README.md", card)
@@ -114,9 +135,42 @@ def export_checkpoint(
     return output
 
 
-def _main_dtype(weights: Weights) -> str:
+def check_request(output: Path, *, dtype: str | None) -> None:
+    """Refuse an output folder that holds something, and an unknown dtype (CheckpointError)."""
+    if dtype is not None and dtype not in EXPORT_DTYPES:
+        raise CheckpointError(f"--dtype {dtype} is not a dtype to export; use one of {', '.join(EXPORT_DTYPES)}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists already; name a new folder or remove it")
+
+
+def read_chat_template(path: Path | str | None) -> str:
+    """The text of a template file, or ours without roles.
+
+    Raises:
+        DataError: the file can't be read, or isn't Jinja.
+    """
+    if path is None:
+        return CHAT_TEMPLATE
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+    except (OSError, UnicodeDecodeError, jinja2.TemplateSyntaxError) as error:
+        raise DataError(f"{path}: the chat template can't be read ({error}); give a Jinja file in UTF-8") from error
+    return text
+
+
+def write_training_files(folder: Path, source: Source, *, tokenizer: Path) -> None:
+    """What ``convert_checkpoint.py import`` needs beside the weights."""
+    target = folder / TRAINING_FOLDER
+    target.mkdir()
+    source.vocabulary.save(target / "vocabulary.json")
+    shutil.copyfile(tokenizer, target / "tokenizer.model")
+    write_json(target / "origin.json", asdict(source.origin))
+
+
+def main_dtype(weights: Weights) -> str:
     """Name of the dtype that the embedding is stored in."""
-    return str(weights.dtype("embedding.word_embeddings.weight")).removeprefix("torch.")
+    return str(weights.dtype(EMBEDDING_KEY)).removeprefix("torch.")
 
 
 def _check_codec(codec: Path | str | None, vocabulary: VocabularyLayout) -> None:
@@ -130,14 +184,21 @@ def _check_codec(codec: Path | str | None, vocabulary: VocabularyLayout) -> None
         )
 
 
-def check_tensors(rows: Sequence[Row], weights: Weights) -> None:
+def check_tensors(rows: Sequence[Row], weights: Weights, *, whole: bool = True) -> None:
     """Compare the table with what the checkpoint holds.
+
+    Args:
+        rows: the table.
+        weights: the checkpoint.
+        whole: also refuse what the table has no row for.
 
     Raises:
         CheckpointError: naming the first tensor that is missing, left over or of another shape.
     """
     stored = set(weights.keys())
     for row in rows:
+        if row.megatron is None:
+            continue
         if row.megatron not in stored:
             raise CheckpointError(
                 f"{weights.folder}: tensor {row.megatron!r} is missing; the checkpoint belongs to another model than "
@@ -145,7 +206,7 @@ def check_tensors(rows: Sequence[Row], weights: Weights) -> None:
             )
         check_shape(weights.shape(row.megatron), row.stored_shape, name=row.megatron, source=str(weights.folder))
     left_over = sorted(stored - {row.megatron for row in rows})
-    if left_over:
+    if whole and left_over:
         raise CheckpointError(
             f"{weights.folder}: tensor {left_over[0]!r} has no place in the exported model ({len(left_over)} such); "
             "the checkpoint belongs to another model than its configuration"
@@ -155,7 +216,9 @@ def check_tensors(rows: Sequence[Row], weights: Weights) -> None:
 def exported_tensors(rows: Sequence[Row], weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of the export, in the order of the table; one checkpoint tensor is in memory at a time."""
     for row in rows:
-        if row.expert is None:
+        if row.megatron is None:
+            tensor = None
+        elif row.expert is None:
             tensor = weights.read(row.megatron)
         else:
             tensor = weights.read(row.megatron, start=row.expert, stop=row.expert + 1)[0]
@@ -168,7 +231,7 @@ def write_weights(
     """Write the safetensors files; returns what they hold."""
     wanted = getattr(torch, dtype) if dtype else None
     plans = [
-        TensorPlan(name, shape, wanted or weights.dtype(row.megatron))
+        TensorPlan(name, shape, row.dtype or wanted or weights.dtype(row.megatron or EMBEDDING_KEY))
         for row in rows
         for name, shape in zip(row.huggingface, row.layout.huggingface_shapes, strict=True)
     ]
@@ -195,10 +258,7 @@ def write_config(folder: Path, model: SymbioticConfig) -> None:
         "transformers_version": transformers.__version__,
     }
     write_json(folder / "config.json", tree)
-    ids = {name: tree[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    # Plain sampling from the model's own distribution; transformers would keep the 50 likeliest ids.
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
-    write_json(folder / "generation_config.json", {**ids, **sampling, "transformers_version": transformers.__version__})
+    write_generation_config(folder, model)
     write_json(
         folder / "processor_config.json",
         {
@@ -210,8 +270,31 @@ def write_config(folder: Path, model: SymbioticConfig) -> None:
     )
 
 
+def write_generation_config(folder: Path, model: SymbioticConfig, *, suppressed: Sequence[int] = ()) -> None:
+    """Write ``generation_config.json``: stop and padding ids, plain sampling from the model's own distribution.
+
+    Args:
+        folder: where to.
+        model: the exported model.
+        suppressed: ids that ``generate`` may never draw.
+    """
+    tree: dict[str, Any] = {
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": model.eos_token_id,
+        "pad_token_id": model.pad_token_id,
+        # transformers would keep the 50 likeliest ids.
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+    }
+    if suppressed:
+        tree["suppress_tokens"] = list(suppressed)
+    write_json(folder / "generation_config.json", tree | {"transformers_version": transformers.__version__})
+
+
 @contextlib.contextmanager
-def _written_at_once(output: Path) -> Iterator[Path]:
+def written_at_once(output: Path) -> Iterator[Path]:
     """A folder beside ``output`` that gets its name when the block ends well, every file flushed."""
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")

@@ -94,20 +94,24 @@ class LogitBatch:
             return cls(arrays["tokens"], arrays["token_types"])
 
 
-def random_rows(vocabulary: VocabularyLayout, *, count: int, length: int, seed: int = 0) -> list[TokenRow]:
-    """Random text with random images of both uses in it, cut at ``length`` tokens."""
+USES = (TokenType.UNDERSTANDING_CODE, TokenType.GENERATION_CODE)
+
+
+def random_rows(
+    vocabulary: VocabularyLayout, *, count: int, length: int, seed: int = 0, uses: Sequence[TokenType] = USES
+) -> list[TokenRow]:
+    """Random text with random images of the given uses in it, cut at ``length`` tokens."""
     generator = np.random.default_rng(seed)
     sizes = [size for size in vocabulary.resolutions.values() if size[0] * (size[1] + 1) + 3 <= length]
-    uses = (TokenType.UNDERSTANDING_CODE, TokenType.GENERATION_CODE)
     rows = []
     for row in range(count):
         parts: list[TokenRow] = []
         while sum(len(part.ids) for part in parts) < length:
             text = generator.integers(0, vocabulary.text_size, generator.integers(2, 9))
             parts.append(TokenRow.of_text(text))
-            if vocabulary.codebook_size and sizes:
+            if uses and vocabulary.codebook_size and sizes:
                 codes = generator.integers(0, vocabulary.codebook_size, sizes[generator.integers(len(sizes))])
-                parts.append(TokenRow.of_image(codes, uses[(row + len(parts) // 2) % 2], vocabulary))
+                parts.append(TokenRow.of_image(codes, uses[(row + len(parts) // 2) % len(uses)], vocabulary))
         rows.append(TokenRow.join(parts).cut(length))
     return rows
 

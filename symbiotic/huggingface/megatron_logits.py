@@ -31,6 +31,7 @@ MODEL_FIELDS = (
     "layernorm_zero_centered_gamma",
     "moe_ffn_hidden_size",
     "moe_router_dtype",
+    "moe_router_enable_expert_bias",
     "moe_router_pre_softmax",
     "moe_router_score_function",
     "moe_router_topk",

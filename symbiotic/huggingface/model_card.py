@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from symbiotic.config import Config
+from symbiotic.huggingface.homes import Home
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
 from symbiotic.huggingface.safetensors_writer import TensorPlan
+from symbiotic.huggingface.source import Origin
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
 USAGE = """\
@@ -35,10 +36,9 @@ def num_active_parameters(model: SymbioticConfig, plans: Sequence[TensorPlan]) -
 
 def model_card(
     model: SymbioticConfig,
-    config: Config,
+    origin: Origin,
     *,
     plans: Sequence[TensorPlan],
-    step: int,
     layout: VocabularyLayout,
     partition_hash: str,
     license_id: str,
@@ -48,15 +48,14 @@ def model_card(
 
     Args:
         model: the exported configuration.
-        config: the run's configuration.
+        origin: the run behind the weights.
         plans: the exported tensors.
-        step: optimizer steps behind the weights.
         layout: the vocabulary.
         partition_hash: hash of the expert partition.
         license_id: licence of the weights.
         has_codec: whether the image codec is in the folder.
     """
-    sources = ", ".join(source.name for source in config.data.sources) or "not recorded"
+    sources = ", ".join(origin.data) or "not recorded"
     lines = [
         "---",
         f"license: {license_id}",
@@ -64,7 +63,7 @@ def model_card(
         "pipeline_tag: any-to-any",
         "tags: [mixture-of-experts, multimodal, custom_code]",
         "---",
-        f"# {config.name}",
+        f"# {origin.name}",
         "",
         "A mixture-of-experts transformer that reads and draws images. Every token's type picks the expert group that",
         "it is routed in; the shared expert sees all tokens.",
@@ -81,7 +80,7 @@ def model_card(
         "",
         "## Where it comes from",
         "",
-        f"- training steps of the last run: {step}",
+        f"- training steps of the last run: {origin.step}",
         f"- data sources: {sources}",
         f"- vocabulary digest: `{layout.digest}`",
         f"- tokenizer digest: `{layout.tokenizer_digest}`",
@@ -127,3 +126,52 @@ def _types_of(model: SymbioticConfig, group: str) -> list[str]:
         for name, value in model.token_types.items()
         if model.group_of_router[model.router_of_token_type[value]] == group
     ]
+
+
+def understanding_card(
+    model: SymbioticConfig,
+    origin: Origin,
+    *,
+    home: Home,
+    router: str,
+    plans: Sequence[TensorPlan],
+    layout: VocabularyLayout,
+    text_only: bool,
+    license_id: str,
+) -> str:
+    """The card of an understanding-only export.
+
+    Args: as ``model_card``, and
+        home: the stock architecture.
+        router: the router that the exported tokens go through.
+        text_only: whether the vocabulary is cut to text.
+    """
+    ids = "text and text controls" if text_only else "text, text controls and image codes to understand"
+    lines = [
+        "---",
+        f"license: {license_id}",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [mixture-of-experts]",
+        "---",
+        f"# {origin.name}: the understanding half",
+        "",
+        f"What the tokens of router `{router}` see of a larger model that also draws images, as `{home.architecture}`:",
+        "stock transformers loads it without custom code, and its logits are those of the whole model.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| parameters | {num_parameters(plans):,} |",
+        f"| hidden size | {model.hidden_size} |",
+        f"| context length | {model.max_position_embeddings} |",
+        f"| vocabulary | {ids} |",
+        "",
+        "## Where it comes from",
+        "",
+        f"- training steps of the last run: {origin.step}",
+        f"- data sources: {', '.join(origin.data) or 'not recorded'}",
+        f"- vocabulary digest: `{layout.digest}`",
+        f"- tokenizer digest: `{layout.tokenizer_digest}`",
+        "",
+    ]
+    return "\n".join(lines)

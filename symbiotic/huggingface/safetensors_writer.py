@@ -8,6 +8,7 @@ places are known from the shapes before the first tensor is there, so tensors ma
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -31,6 +32,8 @@ DTYPE_NAMES = {
 """Names of the format for the dtypes of a weight."""
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+CHECKSUM_FILE = "checksums.json"
+"""SHA-256 of every tensor's bytes, which the format itself lacks."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,13 @@ class _Shard:
     tensors: list[TensorPlan]
 
 
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's values as the format stores them."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 class SafetensorsWriter:
-    """Writes ``model.safetensors``, or several shards and their index, into a folder.
+    """Writes ``model.safetensors``, or several shards and their index, and ``checksums.json`` into a folder.
 
     Use it as a context manager; leaving the block checks that every planned tensor came, and flushes the files.
 
@@ -72,6 +80,7 @@ class SafetensorsWriter:
         self._files: list[IO[bytes]] = []
         self._places: dict[str, tuple[IO[bytes], int]] = {}
         self._missing = set(self.plans)
+        self._checksums: dict[str, str] = {}
 
     def _cut(self, plans: Sequence[TensorPlan], max_shard_bytes: int) -> list[_Shard]:
         groups: list[list[TensorPlan]] = [[]]
@@ -104,7 +113,9 @@ class SafetensorsWriter:
         assert tuple(tensor.shape) == plan.shape, f"{name} is {tuple(tensor.shape)}, planned {plan.shape}"
         file, offset = self._places[name]
         file.seek(offset)
-        file.write(tensor.to(plan.dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        data = tensor_bytes(tensor.to(plan.dtype))
+        self._checksums[name] = hashlib.sha256(data).hexdigest()
+        file.write(data)
         self._missing.remove(name)
 
     def __exit__(
@@ -117,6 +128,7 @@ class SafetensorsWriter:
         if kind is not None:
             return
         assert not self._missing, f"{len(self._missing)} planned tensors were never written"
+        write_json(self.folder / CHECKSUM_FILE, {"algorithm": "sha256", "tensors": self._checksums})
         if len(self._shards) > 1:
             places = {plan.name: shard.path.name for shard in self._shards for plan in shard.tensors}
             total = sum(plan.num_bytes for plan in self.plans.values())

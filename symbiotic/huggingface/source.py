@@ -14,6 +14,15 @@ from symbiotic.training.checkpoint.weights import CONFIG_FILE, PARTITION_FILE, W
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The run behind the weights: its name, its optimizer steps, its data sources."""
+
+    name: str
+    step: int
+    data: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Source:
     """A checkpoint and what belongs to it.
 
@@ -32,6 +41,13 @@ class Source:
     vocabulary_path: Path
     vocabulary: VocabularyLayout
     partition: ExpertPartition
+
+    @property
+    def origin(self) -> Origin:
+        """The run behind the weights; of imported weights the one behind their export."""
+        known = self.weights.provenance() or {}
+        data = known.get("data", [source.name for source in self.config.data.sources])
+        return Origin(self.config.name, int(known.get("step", self.weights.step)), tuple(data))
 
 
 def open_source(

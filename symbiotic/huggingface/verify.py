@@ -12,6 +12,7 @@ differently, and that token and all that attend to it differ visibly. Such token
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,9 +26,13 @@ import numpy as np
 
 import symbiotic
 from symbiotic.errors import CheckpointError
-from symbiotic.huggingface.logit_batch import LogitBatch, TokenRow
+from symbiotic.huggingface.homes import SYMBIOTIC
+from symbiotic.huggingface.logit_batch import USES, LogitBatch, TokenRow, random_rows, shard_rows
 from symbiotic.huggingface.source import Source
+from symbiotic.huggingface.stock import model_type_of
+from symbiotic.huggingface.tensor_comparison import TensorComparison, compare_tensors
 from symbiotic.tokens.types import TokenType
+from symbiotic.tokens.vocabulary import VocabularyLayout
 
 DEFAULT_TOLERANCE = 1e-5
 """Largest logit difference over the logits' standard deviation that float32 may show."""
@@ -63,11 +68,15 @@ class LogitComparison:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """Comparisons over all tokens (first) and by input type; ``num_left_out`` tokens follow a routing tie."""
+    """Comparisons over all tokens (first) and by input type; ``num_left_out`` tokens follow a routing tie.
+
+    ``tensors`` says which tensors are bit-equal, None where there is no table between checkpoint and folder.
+    """
 
     rows: tuple[LogitComparison, ...]
     tolerance: float
     num_left_out: int = 0
+    tensors: TensorComparison | None = None
 
     @property
     def max_over_std(self) -> float:
@@ -76,8 +85,8 @@ class VerifyReport:
 
     @property
     def holds(self) -> bool:
-        """Whether the largest difference is within the tolerance."""
-        return self.max_over_std <= self.tolerance
+        """Whether the largest difference is within the tolerance, and every tensor bit-equal."""
+        return self.max_over_std <= self.tolerance and (self.tensors is None or self.tensors.holds)
 
     def table(self) -> str:
         """The rows as aligned text."""
@@ -96,9 +105,11 @@ class VerifyReport:
         ]
         widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-        verdict = "within" if self.holds else "PAST"
+        verdict = "within" if self.max_over_std <= self.tolerance else "PAST"
         if self.num_left_out:
             lines.append(f"left out: {self.num_left_out} tokens at or behind a routing tie in float32")
+        if self.tensors is not None:
+            lines = [*self.tensors.lines(), "", *lines]
         return "\n".join([*lines, f"largest difference is {verdict} the tolerance of {self.tolerance:g}"])
 
     def to_dict(self) -> dict[str, Any]:
@@ -110,6 +121,7 @@ class VerifyReport:
             "holds": self.holds,
             "num_left_out": self.num_left_out,
             "rows": rows,
+            "tensors": None if self.tensors is None else asdict(self.tensors),
         }
 
 
@@ -152,8 +164,63 @@ def verify_export(
         with np.load(outputs[1]) as arrays:
             found, margins = arrays["logits"], arrays["margins"]
     tied = behind_ties(margins)
-    rows_compared = compare_logits(expected, found, batch=batch, used=source.vocabulary.used_mask(), left_out=tied)
-    return VerifyReport(rows_compared, tolerance, num_left_out=int((tied & batch.real).sum()))
+    used = comparable_ids(source.vocabulary, found.shape[-1])
+    rows_compared = compare_logits(expected[..., : len(used)], found, batch=batch, used=used, left_out=tied)
+    return VerifyReport(
+        rows_compared, tolerance, num_left_out=int((tied & batch.real).sum()), tensors=compare_tensors(source, folder)
+    )
+
+
+def comparable_ids(vocabulary: VocabularyLayout, size: int) -> np.ndarray:
+    """Ids in use that mean the same in a folder with ``size`` ids: bool [size].
+
+    A folder of another size than the layout's parts was imported, and shares the text pieces only.
+    """
+    used = vocabulary.used_mask()[:size]
+    if size not in (vocabulary.text_part, vocabulary.size):
+        used[vocabulary.text_size :] = False
+    return used
+
+
+def rows_to_compare(
+    folder: Path | str, vocabulary: VocabularyLayout, *, prefixes: Sequence[Path], count: int, length: int
+) -> list[TokenRow]:
+    """Random rows, and documents of shards, as far as a folder can read them.
+
+    Args:
+        folder: what was exported.
+        vocabulary: the checkpoint's.
+        prefixes: shards.
+        count: random rows, and documents of each shard.
+        length: tokens of a row at most.
+
+    Raises:
+        CheckpointError: the folder can read none of them.
+        DataError: a shard is missing, damaged, or of another vocabulary.
+    """
+    rows = []
+    for uses in (USES, USES[:1], ()) if model_type_of(folder) != SYMBIOTIC.model_type else (USES,):
+        rows += random_rows(vocabulary, count=count, length=length, uses=uses)
+    for prefix in prefixes:
+        rows += shard_rows(prefix, vocabulary, count=count, length=length)
+    return comparable_rows(folder, vocabulary, rows)
+
+
+def comparable_rows(folder: Path | str, vocabulary: VocabularyLayout, rows: Sequence[TokenRow]) -> list[TokenRow]:
+    """The rows that a folder can read: all of them a full export, those without generated images, or without any
+    image, a stock architecture.
+
+    Raises:
+        CheckpointError: none is left.
+    """
+    if model_type_of(folder) == SYMBIOTIC.model_type:
+        return list(rows)
+    size = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["vocab_size"]
+    fitting = [row for row in rows if (row.types != TokenType.GENERATION_CODE).all() and (row.ids < size).all()
+               and comparable_ids(vocabulary, size)[row.ids].all()]  # fmt: skip
+    if not fitting:
+        raise CheckpointError(f"{folder}: none of the {len(rows)} rows has only tokens that this folder can read")
+    return fitting
 
 
 class _Side:

@@ -76,12 +76,18 @@ def check_starts(starts: Mapping[str, str], groups: Sequence[str]) -> None:
 
 
 def start_groups(
-    tensors: Stream, *, partition: ExpertPartition, starts: Mapping[str, str], normal: NormalStart, source: str
+    tensors: Stream,
+    *,
+    partition: ExpertPartition,
+    starts: Mapping[str, str],
+    normal: NormalStart,
+    source: str,
+    order: Mapping[int, Sequence[int] | np.ndarray] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Give the experts and router rows of each group their start; every other tensor passes unchanged.
 
-    A group that copies takes the experts of the other group in ascending order, from the first again when it is the
-    larger one.
+    A group that copies takes the experts of the other group in ``order``, from the first again when it is the larger
+    one.
 
     Args:
         tensors: of a model with one router a block.
@@ -90,6 +96,8 @@ def start_groups(
             not named inherits.
         normal: distribution of what is drawn.
         source: the checkpoint's name, for messages.
+        order: block -> all its experts, the first to be copied first, such as the most used one; None, or a block
+            that isn't named, goes by expert number.
 
     Raises:
         ConfigError: see ``check_starts``.
@@ -110,6 +118,8 @@ def start_groups(
                     result[expert] = _drawn(tensor[expert], key=key, match=match, expert=expert, normal=normal)
             elif start != INHERIT:
                 models = partition.experts_of(block, start.removeprefix(COPY_FROM))
+                if order is not None and block in order:
+                    models = [int(expert) for expert in order[block] if expert in models]
                 result[members] = tensor[[models[index % len(models)] for index in range(len(members))]]
         yield key, result
 
@@ -117,6 +127,24 @@ def start_groups(
 def cyclic_sources(old: int, new: int) -> np.ndarray:
     """The old expert that each of ``new`` experts copies: itself for the first ``old``, then 0, 1, ... again."""
     return np.arange(new) % old
+
+
+def copied_groups(order: Sequence[int] | np.ndarray, sizes: Sequence[int]) -> np.ndarray:
+    """The old expert that each expert of a grown block copies, the groups one after the other.
+
+    The first group keeps the old experts. Each further one copies them in ``order``, from the first again when it is
+    larger.
+
+    Args:
+        order: the old experts, the first to be copied first.
+        sizes: experts of each group; the first has as many as there are old ones.
+
+    Returns:
+        int64 [sum(sizes)].
+    """
+    assert sizes[0] == len(order), "checked by the tool"
+    parts = [np.asarray(order)[cyclic_sources(len(order), size)] for size in sizes[1:]]
+    return np.concatenate([np.arange(sizes[0]), *parts])
 
 
 def grow_experts(
@@ -146,19 +174,39 @@ def grow_experts(
         yield key, tensor[torch.as_tensor(np.asarray(sources[block]))]
 
 
-def upcycle_dense(
-    tensors: Stream, *, blocks: Sequence[int], num_experts: int, normal: NormalStart, source: str
-) -> Iterator[tuple[str, Tensor]]:
-    """Turn dense MLPs into MoE layers whose experts are all copies of the MLP, with routers drawn at random.
+@dataclass(frozen=True)
+class SharedExpert:
+    """The shape of a shared expert: its hidden size, whether it is a gated linear unit, and whether its output has a
+    gate of its own."""
 
-    Under routing weights that sum to one the model computes what it did. An expert's hidden size is that of the MLP.
+    size: int
+    gated: bool = True
+    output_gate: bool = False
+
+
+def upcycle_dense(
+    tensors: Stream,
+    *,
+    blocks: Sequence[int],
+    num_experts: int,
+    normal: NormalStart,
+    source: str,
+    shared: SharedExpert | None = None,
+    router_bias: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """Turn dense MLPs into MoE layers whose experts are all copies of the MLP (sparse upcycling, arXiv 2212.05055).
+
+    Under routing weights that sum to one the model computes what it did: a shared expert, which a dense block has
+    nothing for, starts with a last matrix of zeros. An expert's hidden size is that of the MLP.
 
     Args:
         tensors: of a model whose ``blocks`` have dense MLPs.
         blocks: the blocks to turn.
         num_experts: experts of each.
-        normal: distribution of the router's weight.
+        normal: distribution of what is drawn: the router's weight, a shared expert's first matrix and gate.
         source: the checkpoint's name, for messages.
+        shared: the shared expert of each block, if any.
+        router_bias: whether the routers have a bias for the choice, which starts at zero.
 
     Raises:
         CheckpointError: a block has no dense MLP.
@@ -177,9 +225,25 @@ def upcycle_dense(
             name = f"{prefix}router.weight"
             rows = [normal.draw(row, key=name, expert=expert, output=False) for expert in range(num_experts)]
             yield name, torch.stack(rows)
+            if router_bias:
+                yield f"{prefix}router.group_bias", torch.zeros(num_experts)
+            if shared is not None:
+                yield from _silent_shared_expert(f"{prefix}shared_experts.", shared, row=row, normal=normal)
         yield f"{prefix}experts.experts.{match['linear']}.weight", tensor.expand(num_experts, *tensor.shape).clone()
     if missing:
         raise CheckpointError(f"{source}: it has no dense MLP in the blocks {sorted(missing)}")
+
+
+def _silent_shared_expert(
+    prefix: str, shared: SharedExpert, *, row: Tensor, normal: NormalStart
+) -> Iterator[tuple[str, Tensor]]:
+    """A shared expert whose output is zero, and which learns from the first step on; ``row`` is [h]."""
+    first = row.new_empty(shared.size * (2 if shared.gated else 1), len(row))
+    yield f"{prefix}linear_fc1.weight", normal.draw(first, key=f"{prefix}linear_fc1.weight", expert=0, output=False)
+    yield f"{prefix}linear_fc2.weight", row.new_zeros(len(row), shared.size)
+    if shared.output_gate:
+        gate = row.new_empty(1, len(row))
+        yield f"{prefix}gate_weight", normal.draw(gate, key=f"{prefix}gate_weight", expert=0, output=False)
 
 
 def block_of_key(match: re.Match[str]) -> int:

@@ -9,6 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from symbiotic.config import Config
 from symbiotic.config.layout import layer_pattern, pipeline_pattern
+from symbiotic.config.megatron_fields import value_of
 from symbiotic.config.roles import owners
 from symbiotic.model.backends import backend_by_name
 from symbiotic.model.builder import build_model
@@ -29,7 +30,7 @@ def partition_from_config(config: Config) -> ExpertPartition:
     blocks = layer_pattern(config).moe_blocks
     if config.partition.method == "file":
         partition = ExpertPartition.load(config.partition.path)
-        partition.check(sizes, blocks, source=config.partition.path)
+        partition.check(sizes, blocks, topk=value_of(config, "moe_router_topk"), source=config.partition.path)
         return partition
     if config.partition.method == "random":
         return at_random(sizes, blocks, seed=config.partition.seed)

@@ -113,10 +113,9 @@ class AttentionLayer(TypedNorms, TransformerLayer):
             checkpoint.discard_output_and_register_recompute(output)
         if self.output_shield is not None:
             output = self.output_shield.scale(output, token_types)
-        residual = hidden_states.float() if self.config.fp32_residual_connection else hidden_states
         with self.bias_dropout_add_exec_handler():
             add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
-            hidden_states = add((output, bias), residual, self.hidden_dropout)
+            hidden_states = add((output, bias), hidden_states, self.hidden_dropout)
         return make_viewless_tensor(hidden_states, hidden_states.requires_grad, keep_graph=True), None
 
 
@@ -141,8 +140,7 @@ class FeedForward(TypedNorms):
             normed = self.pre_mlp_norm_checkpoint.checkpoint(norm, hidden_states, token_types)
         else:
             normed = norm(hidden_states, token_types)
-        residual = hidden_states.float() if self.config.fp32_residual_connection else hidden_states
-        return self._forward_post_mlp((self.feed_forward(normed, token_types), None), residual), None
+        return self._forward_post_mlp((self.feed_forward(normed, token_types), None), hidden_states), None
 
 
 class DenseLayer(FeedForward, MLPLayer):

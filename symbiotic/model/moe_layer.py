@@ -90,6 +90,7 @@ class GroupedMoELayer(MoELayer):
 
     def route(self, hidden_states: Tensor, token_types: Tensor) -> tuple[Tensor, Tensor]:
         """Probabilities and routing map [rows, experts] in slot order."""
+        wait_for_weights(self.router)
         return self.router(hidden_states, token_types)
 
     def shared_experts_compute(self, hidden_states: Tensor, token_types: Tensor) -> Tensor | None:
@@ -128,6 +129,7 @@ class GroupedMoELayer(MoELayer):
             probs, routing_map = self.route(hidden_states, token_types)
             rows, probs = self.preprocess(hidden_states, probs, routing_map)
             rows, probs = self.dispatch(rows, probs)
+            wait_for_weights(self.experts)
             rows, _ = self.routed_experts_compute(rows, probs)
             return self.postprocess(self.combine(rows), shared)
 
@@ -145,6 +147,18 @@ class GroupedMoELayer(MoELayer):
             else entry
             for key, entry in state.items()
         }
+
+
+def wait_for_weights(module: torch.nn.Module) -> None:
+    """Run the forward pre-hooks inside a module that reads weights of inner modules without calling these.
+
+    Megatron's overlapped parameter gather (``overlap_param_gather``) waits for a module's weights in such a hook;
+    without it routers and experts would compute with the weights of the step before.
+    """
+    if module._forward_pre_hooks:  # the gather hooks every module or none
+        for inner in module.modules():
+            for hook in inner._forward_pre_hooks.values():
+                hook(inner, ())
 
 
 def _under_logical_id(

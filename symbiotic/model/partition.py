@@ -3,6 +3,11 @@
 A partition is a re-labelling of the experts that are already there (method.md section 3): no parameter is
 added, and each expert keeps its weights. It speaks *logical* expert ids and block numbers; where an expert
 physically lives is decided by ``placement``.
+
+The table as a file, in its shortest form; ``blocks`` gives each expert's index into ``groups``, and the groups may
+have other sizes in every block:
+
+    {"version": 1, "groups": ["understanding", "generation"], "blocks": {"0": [0, 0, 1, 0], "1": [1, 0, 1, 0]}}
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -43,9 +49,12 @@ class ExpertPartition:
             raise ConfigError(
                 f"expert partition: {len(self.blocks)} MoE blocks need a table of as many rows, got shape {table.shape}"
             )
-        if table.size and (table.min() < 0 or table.max() >= len(self.groups)):
+        if len(set(self.groups)) != len(self.groups):
+            raise ConfigError(f"expert partition: {list(self.groups)} names a group twice; give each its own name")
+        outside = table[(table < 0) | (table >= len(self.groups))]
+        if outside.size:
             raise ConfigError(
-                f"expert partition: group index {int(table.max())} is out of range for {len(self.groups)} groups"
+                f"expert partition: group index {int(outside[0])} is out of range for {len(self.groups)} groups"
             )
 
     @property
@@ -60,6 +69,11 @@ class ExpertPartition:
     def experts_of(self, block: int, group: str) -> list[int]:
         """Logical ids of the experts of ``group`` in ``block``, ascending."""
         return np.flatnonzero(self.row(block) == self.groups.index(group)).tolist()
+
+    def sizes(self, block: int) -> dict[str, int]:
+        """Group -> its number of experts in ``block``."""
+        counts = np.bincount(self.row(block), minlength=len(self.groups))
+        return dict(zip(self.groups, counts.tolist(), strict=True))
 
     @property
     def hash(self) -> str:
@@ -80,6 +94,7 @@ class ExpertPartition:
 
         Raises:
             CheckpointError: ``source`` has another version, misses a key or its hash doesn't fit the table.
+            ConfigError: it names a group twice, or an expert's group doesn't exist.
         """
         try:
             if table["version"] != TABLE_VERSION:
@@ -93,8 +108,10 @@ class ExpertPartition:
                 blocks=tuple(block for block, _ in rows),
                 assignment=np.array([row for _, row in rows], dtype=np.int16).reshape(len(rows), -1),
             )
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, CheckpointError | ConfigError):
+            if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
                 f"{source}: not a partition table ({type(error).__name__}: {error}); "
@@ -122,8 +139,18 @@ class ExpertPartition:
             raise CheckpointError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from error
         return cls.from_dict(table, source=str(path))
 
-    def check(self, sizes: Mapping[str, int], blocks: Sequence[int], *, source: str) -> None:
-        """Refuse a table that doesn't fit the configured groups, sizes or blocks."""
+    def check(self, sizes: Mapping[str, int], blocks: Sequence[int], *, topk: int = 1, source: str) -> None:
+        """Refuse a table that doesn't fit the configured groups, sizes or blocks.
+
+        Args:
+            sizes: group -> experts as configured: those of the first block, where a table gives blocks different ones.
+            blocks: numbers of the model's MoE blocks, ascending.
+            topk: experts that a token chooses: no group of any block may have fewer.
+            source: the table's name, for messages.
+
+        Raises:
+            ConfigError: naming what differs.
+        """
         if self.groups != tuple(sizes):
             raise ConfigError(f"{source}: its groups {list(self.groups)} are not the configured groups {list(sizes)}")
         if self.blocks != tuple(blocks):
@@ -133,6 +160,20 @@ class ExpertPartition:
         if self.num_experts != sum(sizes.values()):
             raise ConfigError(
                 f"{source}: it has {self.num_experts} experts a block, groups.*.experts sum to {sum(sizes.values())}"
+            )
+        for block in self.blocks:
+            for group, size in self.sizes(block).items():
+                if size < topk:
+                    raise ConfigError(
+                        f"{source}: group {group} has {size} experts in block {block}, but a token chooses "
+                        f"moe_router_topk = {topk} in its own group; give the group more"
+                    )
+        first = self.sizes(self.blocks[0])
+        if first != dict(sizes):
+            group = next(name for name in sizes if sizes[name] != first[name])
+            raise ConfigError(
+                f"{source}: group {group} has {first[group]} experts in block {self.blocks[0]}, "
+                f"groups.{group}.experts is {sizes[group]}; set it to {first[group]}"
             )
 
 
@@ -149,33 +190,48 @@ def at_random(sizes: Mapping[str, int], blocks: Sequence[int], *, seed: int) -> 
     return ExpertPartition(tuple(sizes), tuple(blocks), np.stack(rows))
 
 
-def merge_counts(counts: np.ndarray, *, merge: str) -> np.ndarray:
+def merge_counts(counts: np.ndarray, *, merge: str) -> list[Fraction]:
     """One importance per expert from its use by several kinds of data.
 
+    The numbers are exact, so that experts whose use is equal compare as equal, whatever the merge.
+
     Args:
-        counts: [kinds, experts] how often each expert was among the top-k.
+        counts: int [kinds, experts] how often each expert was among the top-k.
         merge: ``sum``; ``normalised_sum`` (each kind's counts sum to one first); ``max`` (of the normalised
             counts); ``rank`` (sum of each kind's ascending ranks, ties by the lower id).
 
-    Returns:
-        float64 [experts].
+    Raises:
+        ConfigError: ``merge`` is none of these.
     """
-    counts = np.asarray(counts, dtype=np.float64)
-    totals = counts.sum(axis=1, keepdims=True)
-    shares = np.divide(counts, totals, out=np.zeros_like(counts), where=totals > 0)
+    kinds = [[int(count) for count in row] for row in counts]
+    shares = [[Fraction(count, sum(row) or 1) for count in row] for row in kinds]
     if merge == "sum":
-        return counts.sum(axis=0)
+        return [Fraction(sum(uses)) for uses in zip(*kinds, strict=True)]
     if merge == "normalised_sum":
-        return shares.sum(axis=0)
+        return [sum(uses, Fraction()) for uses in zip(*shares, strict=True)]
     if merge == "max":
-        return shares.max(axis=0)
+        return [max(uses) for uses in zip(*shares, strict=True)]
     if merge == "rank":
         # The most used expert has the highest rank; of two equally used ones the lower id counts as more used.
-        order = np.argsort(-counts, axis=1, kind="stable")
-        ranks = np.empty_like(counts)
-        np.put_along_axis(ranks, order, np.arange(counts.shape[1], 0, -1, dtype=np.float64)[None, :], axis=1)
-        return ranks.sum(axis=0)
+        places = [np.argsort(_most_first(row)) for row in kinds]
+        ranks = len(kinds[0]) - np.stack(places)
+        return [Fraction(int(rank)) for rank in ranks.sum(axis=0)]
     raise ConfigError(f"partition.merge={merge!r} is unknown, use one of {', '.join(MERGES)}")
+
+
+def _most_first(values: Sequence[Fraction] | Sequence[int]) -> list[int]:
+    """Indices by falling value, of equal ones the lower first."""
+    return sorted(range(len(values)), key=lambda index: -values[index])
+
+
+def order_by_use(counts: np.ndarray, *, merge: str) -> np.ndarray:
+    """Every block's experts, the most used first, ties to the lower id: int64 [blocks, experts].
+
+    Args:
+        counts: [blocks, kinds of data, experts] top-k counts.
+        merge: how the kinds' counts become one number, see ``merge_counts``.
+    """
+    return np.array([_most_first(merge_counts(block_counts, merge=merge)) for block_counts in counts])
 
 
 def by_measured_use(
@@ -191,6 +247,5 @@ def by_measured_use(
     """
     names = np.repeat(np.arange(len(sizes), dtype=np.int16), list(sizes.values()))
     rows = np.empty((len(blocks), counts.shape[2]), dtype=np.int16)
-    for row, block_counts in zip(rows, counts, strict=True):
-        row[np.argsort(-merge_counts(block_counts, merge=merge), kind="stable")] = names
+    np.put_along_axis(rows, order_by_use(counts, merge=merge), names[None, :], axis=1)
     return ExpertPartition(tuple(sizes), tuple(blocks), rows)

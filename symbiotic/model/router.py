@@ -8,10 +8,12 @@ Life of a batch of rows:
  4. Balance losses are taken inside each group and attached to the probabilities, z-loss and orthogonality loss too.
  5. With ``moe_router_enable_expert_bias`` a bias per expert shifts the choice (not the weight); it is updated after
     each step from the loads *inside the group* (``update_group_biases``).
+ 6. Choices are counted for that bias, for calibration and for the log (``routing_metrics``), where asked for.
 
 With one router nothing is masked and every operation is the stock ``TopKRouter``'s.
 
-Tensor names carry their dimensions: N rows (s * b, sequence-major), E experts in slot order, H hidden size.
+Tensor names carry their dimensions: N rows (s * b, sequence-major), E experts in slot order, K choices of a row, the
+best first while gradients are enabled, H hidden size, T the 16 token types.
 """
 
 from __future__ import annotations
@@ -26,7 +28,6 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
-    apply_random_logits,
     compute_routing_scores_for_aux_loss,
     router_gating_linear,
     topk_routing_with_score_function,
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 
 from symbiotic.model import balance
 from symbiotic.model.routing import RoutingTable
+from symbiotic.model.routing_metrics import RoutingSums, choices_by_type
 from symbiotic.tokens.types import NUM_TOKEN_TYPES, TokenType
 
 
@@ -103,10 +105,12 @@ class GroupRouter(TopKRouter):
         self.norm_factor = self.topk if balance_norm == "hunyuan" else 1
         self.orthogonality = orthogonality
         self.router_names = experts.routing.routers
+        self.several_routers = len(self.router_names) > 1
         self.usage_mode: Literal["off", "training", "evaluation"] = "off"
+        self.sums: RoutingSums | None = None  # of a step that will be logged, see symbiotic.model.usage
         self._register_tables()
         self._register_bias()
-        if len(self.router_names) > 1:
+        if self.several_routers:
             self._split_weight()
 
     def _register_tables(self) -> None:
@@ -131,6 +135,9 @@ class GroupRouter(TopKRouter):
                 row_of_slot[router, slot] = rank_of_expert[experts.slot_to_expert[slot]]
             start += len(logical)
         table("row_of_slot", row_of_slot.max(axis=0) if not routing.shares_groups else row_of_slot)
+        table("slot_to_expert", experts.slot_to_expert)
+        table("group_of_slot", group_of_slot.astype(np.int64))
+        table("group_sizes", np.bincount(group_of_slot, minlength=len(routing.groups)))
         table("usage", np.zeros((NUM_TOKEN_TYPES, len(group_of_slot)), dtype=np.int64))
         self.in_order = not routing.shares_groups and bool(
             (row_of_slot.max(axis=0) == np.arange(len(group_of_slot))).all()
@@ -159,7 +166,7 @@ class GroupRouter(TopKRouter):
         if self.group_bias is None:
             return None
         self._maintain_float32_expert_bias()
-        return self.group_bias[torch.from_numpy(self.experts.slot_to_expert).to(self.group_bias.device)]
+        return self.group_bias[self.slot_to_expert]
 
     def _split_weight(self) -> None:
         """Replace the joint weight by one parameter a router, its rows sliced from the joint initialisation.
@@ -181,7 +188,7 @@ class GroupRouter(TopKRouter):
     @property
     def gates(self) -> dict[str, nn.Parameter]:
         """Router name -> its weight."""
-        if len(self.router_names) == 1:
+        if not self.several_routers:
             return {self.router_names[0]: self.weight}
         return {name: getattr(self, name).weight for name in self.router_names}
 
@@ -223,24 +230,20 @@ class GroupRouter(TopKRouter):
             top-k True values in every row, padding rows included.
         """
         assert token_types is not None, "SymbioticModel.forward hands the token types to every layer"
-        several = len(self.router_names) > 1
-        router_of_row = self.router_of_type[token_types.long()] if several else None
+        router_of_row = self.router_of_type[token_types.long()] if self.several_routers else None
         logits = self.joint_logits(self.apply_input_jitter(input), router_of_row)
-        if self.config.moe_router_force_load_balancing:
-            logits = apply_random_logits(logits)
         logits_NE = logits.flatten(0, 1)
         padding_N = (token_types == TokenType.PADDING).reshape(-1)
         logits_NE = self.apply_z_loss(logits_NE, padding_mask=padding_N)
-        probs_NE, map_NE = self.choose(logits_NE)
+        probs_NE, map_NE, choices_NK = self.choose(logits_NE)
         # In the recomputed pass only, where layers are recomputed: the first pass has no graph to attach to.
         if self.training and torch.is_grad_enabled():
             if self.is_aux_loss_enabled():
-                probs_NE = self.attach_balance_losses(probs_NE, logits_NE, padding_N, batch_size=input.shape[1])
+                inputs = self.balance_inputs(logits_NE, map_NE, padding_N)
+                probs_NE = self.attach_balance_losses(probs_NE, inputs, batch_size=input.shape[1])
             if self.orthogonality:
                 probs_NE = self.attach_orthogonality_losses(probs_NE)
-            if self.group_load is not None:
-                self.group_load += (map_NE & ~padding_N.unsqueeze(1)).sum(dim=0)
-        self.count_usage(map_NE, token_types)
+        self.count(choices_NK, logits_NE, token_types)
         return probs_NE, map_NE
 
     def apply_input_jitter(self, input: Tensor) -> Tensor:
@@ -287,16 +290,20 @@ class GroupRouter(TopKRouter):
             name, value, self.layer_number, self.config.num_layers, needs_dp_avg=True, **reduction
         )
 
-    def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Top-k choice and weights; with several routers the indices are taken on the masked scores first, so
-        that a score that underflows to zero never lets an expert of another group in."""
+        that a score that underflows to zero never lets an expert of another group in.
+
+        Returns:
+            probs [N, E], the boolean map [N, E] and the choices int64 [N, K].
+        """
         indices, bias = None, self.bias_by_slot()
-        if len(self.router_names) > 1:
+        if self.several_routers:
             ranking = logits_NE
             if bias is not None:  # refused with softmax scores, as by megatron-core
                 ranking = (torch.sigmoid(logits_NE.float()) + bias).masked_fill(logits_NE.isneginf(), float("-inf"))
             indices = torch.topk(ranking, k=self.topk, dim=1).indices
-        return topk_routing_with_score_function(
+        probs_NK, choices_NK = topk_routing_with_score_function(
             logits_NE,
             self.topk,
             use_pre_softmax=self.config.moe_router_pre_softmax,
@@ -304,22 +311,38 @@ class GroupRouter(TopKRouter):
             score_function=self.score_function,
             expert_bias=bias,
             precomputed_indices=indices,
+            dense_output=True,
         )
+        probs_NE = torch.zeros_like(logits_NE).scatter(1, choices_NK, probs_NK)
+        map_NE = torch.zeros_like(logits_NE, dtype=torch.bool).scatter(1, choices_NK, True)
+        return probs_NE, map_NE, choices_NK
 
-    def balance_inputs(self, logits_NE: Tensor, padding_N: Tensor) -> balance.BalanceInputs:
-        """Scores and choices for the balance losses: without bias, inside the group, padding rows out."""
-        choices, scores = compute_routing_scores_for_aux_loss(
-            logits_NE, self.topk, self.score_function, padding_mask=padding_N
+    def normalised_scores(self, logits_NE: Tensor) -> Tensor:
+        """float32 [N, E], each row's sum one over the experts of its group: stock's scores for balance losses."""
+        if self.score_function == "softmax":
+            return torch.softmax(logits_NE, dim=-1, dtype=torch.float32)
+        logits = logits_NE.float()
+        scores = (
+            torch.sigmoid(logits) if self.score_function == "sigmoid" else torch.nn.functional.softplus(logits).sqrt()
         )
+        return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)
+
+    def balance_inputs(self, logits_NE: Tensor, map_NE: Tensor, padding_N: Tensor) -> balance.BalanceInputs:
+        """Scores and choices for the balance losses: without bias, inside the group, padding rows out."""
+        if self.several_routers and self.group_bias is None:
+            # The choices made are the ones meant: the stock function's second top-k would cost as much as the first.
+            valid_N1 = ~padding_N.unsqueeze(1)
+            choices, scores = map_NE * valid_N1, self.normalised_scores(logits_NE) * valid_N1
+        else:
+            choices, scores = compute_routing_scores_for_aux_loss(
+                logits_NE, self.topk, self.score_function, padding_mask=padding_N
+            )
         groups = len(self.experts.routing.groups)
         slots = [getattr(self, f"slots_of_group_{group}") for group in range(groups)] if groups > 1 else None
         return balance.BalanceInputs(scores, choices, slots, self.topk)
 
-    def attach_balance_losses(
-        self, probs_NE: Tensor, logits_NE: Tensor, padding_N: Tensor, *, batch_size: int
-    ) -> Tensor:
+    def attach_balance_losses(self, probs_NE: Tensor, inputs: balance.BalanceInputs, *, batch_size: int) -> Tensor:
         """Attach the groups' balance losses to ``probs_NE`` and record them for the log."""
-        inputs = self.balance_inputs(logits_NE, padding_N)
         for kind, metric in balance.KINDS.items():
             coefficient = self.get_aux_loss_coeff(kind)
             if not coefficient:
@@ -357,16 +380,29 @@ class GroupRouter(TopKRouter):
             coefficient=coefficient,
         )
 
-    def count_usage(self, map_NE: Tensor, token_types: Tensor) -> None:
-        """Count how often each expert was chosen, by token type.
+    def count(self, choices_NK: Tensor, logits_NE: Tensor, token_types: Tensor) -> None:
+        """Count choices where someone asked for it: the bias update, calibration, the log.
 
         In training only while gradients are enabled, since recompute runs the forward pass twice; calibration and
         evaluation run without gradients and say so by ``usage_mode``.
         """
-        counts = torch.is_grad_enabled() if self.usage_mode == "training" else self.usage_mode == "evaluation"
-        if counts:
-            with torch.no_grad():
-                self.usage.index_add_(0, token_types.reshape(-1).long(), map_NE.long())
+        learns = torch.is_grad_enabled()
+        for_bias = learns and self.training and self.group_load is not None
+        for_usage = learns if self.usage_mode == "training" else self.usage_mode == "evaluation"
+        if not (for_bias or for_usage):
+            return
+        with torch.no_grad():
+            types_N = token_types.reshape(-1).long()
+            usage_TE = choices_by_type(choices_NK, types_N, num_experts=logits_NE.shape[1])
+            load_E = usage_TE[: TokenType.PADDING].sum(dim=0)  # the last type is padding
+            if for_bias:
+                self.group_load += load_E
+            if for_usage:
+                self.usage += usage_TE
+            if for_usage and self.sums is not None:
+                capacity_E = self.sums.capacity.of_experts(load_E, self.group_of_slot, self.group_sizes)
+                self.sums.add_kept(choices_NK, types_N, capacity_E, load_E)
+                self.sums.add_entropy(self.normalised_scores(logits_NE), types_N)
 
 
 @torch.no_grad()

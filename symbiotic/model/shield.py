@@ -56,9 +56,10 @@ def scaled_weight_gradient(module: nn.Module, rows: Tensor, factors: Tensor) -> 
         rows: [..., h].
         factors: float32 [...], or with axes of size 1.
     """
+    # The module itself comes first: a hook on it may have to wait for its weights (``overlap_param_gather``).
+    through_weights = ScaleRowGradient.apply(module(rows.detach()), factors)
     detached = {name: parameter.detach() for name, parameter in module.named_parameters()}
     through_input = functional_call(module, detached, (rows,))
-    through_weights = ScaleRowGradient.apply(module(rows.detach()), factors)
     return through_input + (through_weights - through_weights.detach())
 
 

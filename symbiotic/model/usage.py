@@ -1,16 +1,19 @@
-"""Counting how often each expert is chosen, by token type: for the partition, for reports."""
+"""Counting how often each expert is chosen, by token type: for the partition, for the log."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from symbiotic.model.moe_layer import moe_layers
 from symbiotic.model.router import collect_usage
+from symbiotic.model.routing_metrics import Capacity, RoutingSums, RoutingTotals
+from symbiotic.tokens.types import NUM_TOKEN_TYPES
 
 
 def reset_usage(model_chunks: Iterable[nn.Module]) -> None:
@@ -35,6 +38,24 @@ def counting_usage(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
             layer.router.usage_mode = mode
 
 
+def start_recording(model_chunks: Iterable[nn.Module], capacity: Capacity) -> None:
+    """Count and add up in the training passes from here on, from zero: for the log (see ``routing_metrics``)."""
+    for chunk in model_chunks:
+        for layer in moe_layers(chunk):
+            router = layer.router
+            router.usage.zero_()
+            router.usage_mode = "training"
+            router.sums = RoutingSums(capacity, device=router.usage.device)
+
+
+def stop_recording(model_chunks: Iterable[nn.Module]) -> None:
+    """Record nothing in the passes from here on."""
+    for chunk in model_chunks:
+        for layer in moe_layers(chunk):
+            layer.router.usage_mode = "off"
+            layer.router.sums = None
+
+
 def gather_usage(model_chunks: Sequence[nn.Module], *, blocks: Sequence[int]) -> Tensor:
     """Counts of the whole model since the last reset, by logical expert id. Collective.
 
@@ -45,19 +66,39 @@ def gather_usage(model_chunks: Sequence[nn.Module], *, blocks: Sequence[int]) ->
     Returns:
         int64 [blocks, 16 token types, experts], the same on every rank: how many (token, choice) pairs.
     """
-    layers = [layer for chunk in model_chunks for layer in moe_layers(chunk)]
-    experts = layers[0].config.num_moe_experts if layers else 0
-    size = torch.tensor([experts], device=torch.cuda.current_device())
-    torch.distributed.all_reduce(size, op=torch.distributed.ReduceOp.MAX)
-    usage = torch.zeros(len(blocks), 16, int(size), dtype=torch.int64, device=torch.cuda.current_device())
-    if layers:
-        rows = torch.tensor([list(blocks).index(layer.block) for layer in layers], device=usage.device)
-        usage[rows] = collect_usage([layer.router for layer in layers])
-    # Each tensor-parallel rank routes its own slice under sequence parallelism, and all of it without.
-    group = parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
-    torch.distributed.all_reduce(usage, group=group)
-    torch.distributed.all_reduce(usage, group=parallel_state.get_pipeline_model_parallel_group())
-    tensor = parallel_state.get_tensor_model_parallel_world_size()
-    if tensor > 1 and not (layers and layers[0].config.sequence_parallel):
-        usage //= tensor
-    return usage
+    return torch.from_numpy(gather_routing(model_chunks, blocks=blocks).usage)
+
+
+def gather_routing(model_chunks: Sequence[nn.Module], *, blocks: Sequence[int]) -> RoutingTotals:
+    """Counts and sums of the whole model by logical expert id: one all-reduce of one tensor. Collective.
+
+    Args:
+        model_chunks: this rank's chunks, possibly without an MoE layer.
+        blocks: numbers of all MoE blocks of the model, ascending.
+
+    Returns:
+        The same on every rank; entropy and kept choices are zero where they weren't recorded.
+    """
+    config = model_chunks[0].config
+    num_experts = config.num_moe_experts
+    # In float64, which is exact for counts below 2^53.
+    packed = torch.zeros(
+        len(blocks), NUM_TOKEN_TYPES, num_experts + 2, dtype=torch.float64, device=torch.cuda.current_device()
+    )
+    for layer in (layer for chunk in model_chunks for layer in moe_layers(chunk)):
+        row = packed[list(blocks).index(layer.block)]
+        row[:, :num_experts] = collect_usage([layer.router])[0]
+        if layer.router.sums is not None:
+            row[:, num_experts] = layer.router.sums.entropy_T
+            row[:, num_experts + 1] = layer.router.sums.kept_T
+    # Every rank has its own rows of its own blocks, so the sum over the world is the sum over all rows; only without
+    # sequence parallelism do the tensor-parallel ranks route the same rows.
+    torch.distributed.all_reduce(packed)
+    if not config.sequence_parallel:
+        packed /= parallel_state.get_tensor_model_parallel_world_size()
+    totals = packed.cpu().numpy()
+    return RoutingTotals(
+        usage=totals[..., :num_experts].astype(np.int64),
+        entropy=totals[..., num_experts],
+        kept=totals[..., num_experts + 1].astype(np.int64),
+    )

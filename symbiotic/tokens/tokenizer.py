@@ -95,7 +95,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Piece ids of several texts, one int32 [pieces] each; one thread, as callers spread work over processes."""
-        return [np.asarray(ids, dtype=np.int32) for ids in self._processor.encode(list(texts), num_threads=1)]
+        return self._processor.encode(list(texts), num_threads=1, return_type="numpy")
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of piece ids.

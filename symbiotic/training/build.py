@@ -12,14 +12,19 @@ from symbiotic.config import Config, layer_pattern, save_config
 from symbiotic.config.megatron import ddp_config, optimizer_config, transformer_config
 from symbiotic.data.sources import build_training_dataset
 from symbiotic.distributed.agreement import on_rank_zero
+from symbiotic.model.from_config import plan_from_config
 from symbiotic.model.partition import ExpertPartition
+from symbiotic.model.plan import ModelPlan
+from symbiotic.model.routing_metrics import Capacity
 from symbiotic.tokens.vocabulary import VocabularyLayout
 from symbiotic.training.callbacks.base import Callback
 from symbiotic.training.callbacks.checkpointing import Checkpointing
 from symbiotic.training.callbacks.console import Console
+from symbiotic.training.callbacks.diagnostics import Diagnostics
 from symbiotic.training.callbacks.evaluation import Evaluation
 from symbiotic.training.callbacks.jsonl import JsonLines
 from symbiotic.training.callbacks.metrics import StepMetrics
+from symbiotic.training.callbacks.routing import RoutingMetrics
 from symbiotic.training.callbacks.scalars import TensorBoard, WeightsAndBiases
 from symbiotic.training.callbacks.signals import StopOnSignal
 from symbiotic.training.checkpoint.manager import CheckpointManager
@@ -27,7 +32,7 @@ from symbiotic.training.checkpoint.storage import CheckpointStore, find_checkpoi
 from symbiotic.training.chunks import build_chunks, wrap_chunks
 from symbiotic.training.data import held_out_sources, training_loader
 from symbiotic.training.optimizer import build_optimizer, count_by_role
-from symbiotic.training.roles import RoleRates, rate_table
+from symbiotic.training.roles import RoleRates, matching_roles, rate_table
 from symbiotic.training.schedule import Schedule
 from symbiotic.training.setup import balance_names, choose_partition, model_shape, run_identity, step_to_resume
 from symbiotic.training.stages import StageTable
@@ -68,7 +73,9 @@ def build_trainer(config: Config) -> Trainer:
         step=step,
         data=training_loader(config, dataset),
         checkpoints=checkpoints,
-        callbacks=_build_callbacks(config, transformer=transformer, vocabulary=vocabulary),
+        callbacks=_build_callbacks(
+            config, transformer=transformer, vocabulary=vocabulary, plan=plan_from_config(config, partition)
+        ),
     )
     if resumed_step is not None:
         trainer.resume(resumed_step)
@@ -94,14 +101,19 @@ def _build_step(
     )
     if torch.distributed.get_rank() == 0:
         print(rate_table(rates, counts), flush=True)
-    return TrainStep(wrapped, build_optimizer(optimizer_config(config), wrapped, roles=counts), rates)
+    projected = matching_roles(counts, config.maop.roles)
+    optimizer = build_optimizer(optimizer_config(config), wrapped, roles=counts, projected=projected)
+    return TrainStep(wrapped, optimizer, rates)
 
 
-def _build_callbacks(config: Config, *, transformer: TransformerConfig, vocabulary: VocabularyLayout) -> list[Callback]:
+def _build_callbacks(
+    config: Config, *, transformer: TransformerConfig, vocabulary: VocabularyLayout, plan: ModelPlan
+) -> list[Callback]:
     """The callbacks in firing order: what produces events first, checkpoints after them, then who ends the run."""
     first_rank = torch.distributed.get_rank() == 0
     writes_to = Path(config.run.folder) if first_rank else None
     callbacks: list[Callback] = [
+        *_diagnostics(config, vocabulary=vocabulary),
         StepMetrics(
             interval=config.logging.interval,
             shape=model_shape(config, transformer=transformer, vocabulary=vocabulary),
@@ -109,6 +121,7 @@ def _build_callbacks(config: Config, *, transformer: TransformerConfig, vocabula
             balance_names=balance_names(config, transformer),
             moe_layers=[symbol == "E" for symbol in layer_pattern(config).text()],
         ),
+        *_routing_metrics(config, transformer=transformer, plan=plan),
         Evaluation(held_out_sources(config, vocabulary=vocabulary), interval=config.training.evaluation_interval),
         Checkpointing(interval=config.checkpoint.interval),
         JsonLines(writes_to),
@@ -120,6 +133,30 @@ def _build_callbacks(config: Config, *, transformer: TransformerConfig, vocabula
     if config.logging.wandb is not None:
         callbacks.append(WeightsAndBiases(config.logging.wandb, enabled=first_rank))
     return callbacks
+
+
+def _diagnostics(config: Config, *, vocabulary: VocabularyLayout) -> list[Callback]:
+    """What measures with passes of its own, where asked for; first, so that no clock of a step runs."""
+    if config.diagnostics.interval is None:
+        return []
+    return [
+        Diagnostics(config, held_out_sources(config, vocabulary=vocabulary, num_batches=config.diagnostics.batches))
+    ]
+
+
+def _routing_metrics(config: Config, *, transformer: TransformerConfig, plan: ModelPlan) -> list[Callback]:
+    """What records the routers; nothing in a model without MoE blocks."""
+    if not plan.partition.blocks:
+        return []
+    settings = config.routing_metrics
+    return [
+        RoutingMetrics(
+            interval=settings.interval or config.logging.interval,
+            capacity=Capacity(factor=settings.capacity_factor, minimum=settings.minimum_capacity),
+            plan=plan,
+            topk=transformer.moe_router_topk,
+        )
+    ]
 
 
 def _write_run_folder(config: Config, partition: ExpertPartition) -> None:

@@ -16,6 +16,7 @@ from symbiotic.data.dataset import SinglePass
 from symbiotic.data.sources import VALIDATION_SEED, open_dataset
 from symbiotic.model.partition import ExpertPartition
 from symbiotic.model.usage import counting_usage, gather_usage
+from symbiotic.tokens.types import TokenType
 from symbiotic.tokens.vocabulary import VocabularyLayout
 from symbiotic.training.checkpoint.manager import model_state, set_model_state
 from symbiotic.training.checkpoint.storage import load_checkpoint
@@ -37,8 +38,8 @@ def measure_expert_use(
         prefixes: kind of data -> shard prefix.
 
     Returns:
-        int64 [kinds, blocks, 16 token types, experts] (token, choice) pairs by logical expert id, padding included
-        under its own type; the same on every rank.
+        int64 [kinds, blocks, 16 token types, experts] (token, choice) pairs by logical expert id, the same on every
+        rank. Padding counts nothing: how much of it there is depends on the number of data-parallel ranks.
     """
     vocabulary = VocabularyLayout.load(config.model.vocabulary)
     transformer = transformer_config(config)
@@ -51,7 +52,9 @@ def measure_expert_use(
         with counting_usage(chunks):
             _one_pass(chunks, config, vocabulary=vocabulary, name=name, prefix=prefix)
             counts.append(gather_usage(chunks, blocks=blocks).cpu().numpy())
-    return np.stack(counts)
+    result = np.stack(counts)
+    result[:, :, TokenType.PADDING] = 0
+    return result
 
 
 def load_weights(chunks: list[torch.nn.Module], checkpoint: Path, *, verify: str) -> None:

@@ -18,17 +18,21 @@ def training_loader(config: Config, dataset: BlendedDataset) -> StepLoader:
     return _loader(config, dataset, workers=config.data.workers)
 
 
-def held_out_sources(config: Config, *, vocabulary: VocabularyLayout) -> dict[str, HeldOut]:
-    """The validation corpora by name: at most ``training.evaluation_batches`` global batches of each.
+def held_out_sources(
+    config: Config, *, vocabulary: VocabularyLayout, num_batches: int | None = None
+) -> dict[str, HeldOut]:
+    """The validation corpora by name: of each the first ``num_batches`` global batches, or as many as there are.
+
+    ``num_batches`` is ``training.evaluation_batches`` unless given.
 
     Raises:
         DataError: a shard is missing, damaged or of another vocabulary.
     """
+    limit = config.training.evaluation_batches if num_batches is None else num_batches
     sources = {}
     for name, dataset in build_validation_datasets(config, vocabulary=vocabulary).items():
         whole_corpus = -(-len(dataset) // config.training.global_batch_size)
-        num_batches = min(config.training.evaluation_batches, whole_corpus)
-        sources[name] = HeldOut(_loader(config, dataset, workers=0), num_batches)
+        sources[name] = HeldOut(_loader(config, dataset, workers=0), min(limit, whole_corpus))
     return sources
 
 

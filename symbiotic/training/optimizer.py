@@ -29,6 +29,8 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import nn
 
+from symbiotic.training.projection import ProjectingOptimizer
+
 IDENTIFIER_MODULES = (core_optimizer, distrib_optimizer)
 """Modules that hold ``param_group_identifier_keys``; the second imports it by name."""
 
@@ -68,7 +70,7 @@ def _counts_here(parameter: nn.Parameter) -> bool:
 
 
 def build_optimizer(
-    config: OptimizerConfig, model_chunks: Sequence[nn.Module], *, roles: Iterable[str]
+    config: OptimizerConfig, model_chunks: Sequence[nn.Module], *, roles: Iterable[str], projected: Iterable[str] = ()
 ) -> MegatronOptimizer:
     """Megatron's optimizer over wrapped model chunks, its moments allocated.
 
@@ -76,6 +78,7 @@ def build_optimizer(
         config: Megatron's settings; learning rates come from ``set_rates``.
         model_chunks: chunks wrapped in Megatron's DistributedDataParallel.
         roles: every role of the model, the same on all ranks.
+        projected: roles whose gradients are projected against Adam's first moment (``maop.roles``).
     """
     identify_groups_by_role()
     overrides = get_standard_config_overrides(config)
@@ -87,6 +90,9 @@ def build_optimizer(
     optimizer = get_megatron_optimizer(config, list(model_chunks), overrides, use_gloo_process_groups=False)
     for part in _parts(optimizer):
         _allocate_moments(part)
+    projected = list(projected)
+    if projected:
+        return ProjectingOptimizer(optimizer.chained_optimizers, model_chunks, roles=projected)
     return optimizer
 
 
@@ -156,8 +162,9 @@ def _step_count(parts: Sequence[MegatronOptimizer]) -> int:
 
 
 def _set_step_count(parts: Sequence[MegatronOptimizer], count: int) -> None:
+    # Looked up over all parts: the groups of one that has been frozen from the start hold no count yet.
+    in_groups = any("step" in group for part in parts for group in part.optimizer.param_groups)
     for part in parts:
-        in_groups = any("step" in group for group in part.optimizer.param_groups)
         for group in part.optimizer.param_groups:
             if in_groups:
                 group["step"] = count

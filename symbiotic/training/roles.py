@@ -24,6 +24,12 @@ def match_role(role: str, table: Mapping[str, float]) -> float | None:
     return next((value for pattern, value in table.items() if fnmatchcase(role, pattern)), None)
 
 
+def matching_roles(roles: Iterable[str], patterns: Iterable[str]) -> list[str]:
+    """The roles that any of ``patterns`` (exact names or ``fnmatch`` patterns) matches, in their order."""
+    patterns = list(patterns)
+    return [role for role in roles if any(fnmatchcase(role, pattern) for pattern in patterns)]
+
+
 @dataclass(frozen=True)
 class RoleRates:
     """Learning rate of every role at every step.
@@ -65,7 +71,7 @@ class RoleRates:
 
     def in_stage(self, role: str, stage: Stage) -> float:
         """Peak rate of a role within a stage, before the schedule's factor."""
-        if any(fnmatchcase(role, pattern) for pattern in stage.frozen):
+        if matching_roles([role], stage.frozen):
             return 0.0
         factor = match_role(role, stage.rate_factors)
         return self.peak[role] * (1.0 if factor is None else factor)

@@ -10,6 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from symbiotic.config import Config, layer_pattern, parallel_layout
 from symbiotic.config.megatron import transformer_config
+from symbiotic.config.megatron_fields import value_of
 from symbiotic.errors import CheckpointError
 from symbiotic.model.balance import KINDS, ORTHOGONALITY
 from symbiotic.model.from_config import partition_from_config
@@ -17,7 +18,7 @@ from symbiotic.model.partition import ExpertPartition
 from symbiotic.tokens.vocabulary import VocabularyLayout
 from symbiotic.training.checkpoint.manager import read_partition
 from symbiotic.training.checkpoint.storage import CheckpointStore, find_checkpoint
-from symbiotic.training.roles import RoleRates
+from symbiotic.training.roles import RoleRates, matching_roles
 from symbiotic.training.throughput import ModelShape
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ def _starting_partition(config: Config) -> ExpertPartition:
             f"{list(config.groups)}; split the checkpoint with tools/partition_experts.py and load the result"
         )
     sizes = {name: group.experts for name, group in config.groups.items()}
-    loaded.check(sizes, layer_pattern(config).moe_blocks, source=str(folder / "partition.json"))
+    topk, table = value_of(config, "moe_router_topk"), str(folder / "partition.json")
+    loaded.check(sizes, layer_pattern(config).moe_blocks, topk=topk, source=table)
     if config.partition.method == "file" and loaded.hash != configured.hash:
         raise CheckpointError(
             f"{folder / 'partition.json'}: its hash is {loaded.hash}, that of partition.path={config.partition.path} "
@@ -118,6 +120,7 @@ def run_identity(config: Config, *, rates: RoleRates, vocabulary: VocabularyLayo
     return {
         "stages": rates.stages.to_list(),
         "rates": dict(rates.peak),
+        "maop": {"roles": matching_roles(rates.peak, config.maop.roles)},
         "data": {
             "vocabulary": vocabulary.digest,
             "sequence_length": config.model.sequence_length,

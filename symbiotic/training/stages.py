@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from symbiotic.tokens.types import NUM_TOKEN_TYPES, LossClass, type_by_name
+from symbiotic.config.schema import ShieldRamp
+from symbiotic.tokens.types import NUM_TOKEN_TYPES, LossClass, TokenType, type_by_name
 
 if TYPE_CHECKING:
     from symbiotic.config import Config
@@ -23,13 +24,38 @@ WHOLE_RUN = "training"
 
 
 @dataclass(frozen=True)
+class Ramp:
+    """A factor that changes linearly from ``start`` in the stage's first step to ``end`` in its step number ``steps``.
+
+    Step i of the stage, counted from 0, has start + (end - start) * i / (steps - 1), and ``end`` from i = steps - 1 on.
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def at(self, index: int) -> float:
+        """The factor of step ``index`` of the stage, counted from 0."""
+        if index >= self.steps - 1:
+            return self.end
+        return self.start + (self.end - self.start) * index / (self.steps - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, under the names of the configuration."""
+        return {"from": self.start, "to": self.end, "steps": self.steps}
+
+    def __str__(self) -> str:
+        return f"{self.start:g} to {self.end:g} in {self.steps} steps"
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stretch of steps.
 
     Attributes:
         name: unique name.
         start, end: the stage holds steps start, ..., end - 1, counted from 0 over the whole run.
-        shield: 16 gradient factors by token type, for the rows of the shared experts.
+        shield: gradient factor of each of the 16 token types, or a ramp of it, for the targets of the shield.
         rate_factors: role or pattern -> factor on its learning rate.
         loss_weights: weight of each LossClass in the loss, by its value.
         mixture: source -> weight; empty keeps the configured weights.
@@ -39,11 +65,23 @@ class Stage:
     name: str
     start: int
     end: int
-    shield: tuple[float, ...] = (1.0,) * NUM_TOKEN_TYPES
+    shield: tuple[float | Ramp, ...] = (1.0,) * NUM_TOKEN_TYPES
     rate_factors: Mapping[str, float] = field(default_factory=dict)
     loss_weights: tuple[float, ...] = (1.0,) * len(LossClass)
     mixture: Mapping[str, float] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+
+    def shield_at(self, step: int) -> tuple[float, ...]:
+        """The gradient factor of each of the 16 token types in a global step of the stage."""
+        return tuple(item.at(step - self.start) if isinstance(item, Ramp) else item for item in self.shield)
+
+    def shield_words(self) -> dict[str, float | str]:
+        """Token type -> factor, or ramp in words, for every type that isn't left alone; for the log."""
+        return {
+            TokenType(kind).name.lower(): str(item) if isinstance(item, Ramp) else item
+            for kind, item in enumerate(self.shield)
+            if item != 1.0
+        }
 
 
 class StageTable:
@@ -79,7 +117,7 @@ class StageTable:
             {
                 "name": stage.name,
                 "start": stage.start,
-                "shield": list(stage.shield),
+                "shield": [item.to_dict() if isinstance(item, Ramp) else item for item in stage.shield],
                 "rate_factors": dict(stage.rate_factors),
                 "loss_weights": list(stage.loss_weights),
                 "mixture": dict(stage.mixture),
@@ -103,9 +141,12 @@ def first_difference(saved: Sequence[Mapping[str, Any]], current: Sequence[Mappi
 
 def _stage(item: StageConfig, start: int) -> Stage:
     """A stage from its configuration, whose names are checked already."""
-    shield = [1.0] * NUM_TOKEN_TYPES
-    for name, factor in item.shield.items():
-        shield[type_by_name(name)] = float(factor)
+    shield: list[float | Ramp] = [1.0] * NUM_TOKEN_TYPES
+    for name, value in item.shield.items():
+        if isinstance(value, ShieldRamp):
+            shield[type_by_name(name)] = Ramp(value.start, value.end, value.steps or item.steps)
+        else:
+            shield[type_by_name(name)] = float(value)
     return Stage(
         name=item.name,
         start=start,

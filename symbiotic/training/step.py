@@ -2,9 +2,11 @@
 
 Order of things:
  1. The loss weights of each class are summed over the global batch (one all-reduce of three numbers).
- 2. Every parameter group gets its rate: role's peak x stage's factor x schedule.
- 3. Megatron's schedule runs the microbatches; gradients are reduced by ``finalize_model_grads``.
- 4. The groups of frozen roles are taken out; the others' gradients are clipped by their norm and applied.
+ 2. Megatron's schedule runs the microbatches; gradients are reduced by ``finalize_model_grads``.
+ 3. Every parameter group gets its rate (role's peak x stage's factor x schedule), and the groups of frozen roles are
+    taken out of what follows.
+ 4. The gradients are clipped by their norm. Those of ``maop.roles`` lose what points against Adam's first moment,
+    unless a token type is fully shielded in this step. All are applied.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
@@ -24,6 +27,7 @@ from symbiotic.training.forward import run_schedule, sum_over_ranks
 from symbiotic.training.loader import Microbatch
 from symbiotic.training.losses import LossNormaliser, class_totals, mean_by_class
 from symbiotic.training.optimizer import frozen_roles, set_rates
+from symbiotic.training.projection import ProjectingOptimizer
 from symbiotic.training.roles import RoleRates
 
 
@@ -37,6 +41,7 @@ class StepResult:
         grad_norm: norm of all gradients that were applied, before clipping.
         applied: whether the parameters were updated.
         rates: learning rate of each role.
+        projected: ``ProjectingOptimizer.counts`` of the step, None where nothing is ever projected.
     """
 
     sums: Tensor
@@ -44,10 +49,23 @@ class StepResult:
     grad_norm: float
     applied: bool
     rates: dict[str, float]
+    projected: Tensor | None = None
 
     def loss_by_class(self) -> dict[str, float]:
         """Mean loss of each class over the global batch. Collective: call it on every rank."""
         return mean_by_class(sum_over_ranks(self.sums.clone()), self.totals)
+
+    def projected_fraction(self) -> float | None:
+        """Share of the tensors of ``maop.roles`` that lost a component, 0 while shielded, None where it is off.
+
+        Collective: call it on every rank.
+        """
+        if self.projected is None:
+            return None
+        counts = self.projected.clone()
+        torch.distributed.all_reduce(counts)
+        fired, tensors = counts.tolist()
+        return fired / tensors if tensors else 0.0
 
 
 class TrainStep:
@@ -70,8 +88,7 @@ class TrainStep:
 
     def __call__(self, batches: Sequence[Microbatch], *, step: int) -> StepResult:
         """Train on this rank's microbatches of global step ``step`` (from 0)."""
-        rates, stage = self.rates.at(step), self.rates.stages.at(step)
-        set_rates(self.optimizer, rates, weight_decay=self._weight_decay)
+        stage = self.rates.stages.at(step)
         totals = class_totals(batches, group=parallel_state.get_data_parallel_group())
         scale = len(batches) * parallel_state.get_data_parallel_world_size()
         normaliser = LossNormaliser.build(totals, loss_weights=stage.loss_weights, scale=scale)
@@ -80,9 +97,22 @@ class TrainStep:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         sums = run_schedule(self.chunks, batches, normaliser, forward_only=False)
+        applied, grad_norm = self.update(step)
+        projected = self.optimizer.counts if isinstance(self.optimizer, ProjectingOptimizer) else None
+        return StepResult(sums, totals, grad_norm, applied, self.rates.at(step), projected)
+
+    def update(self, step: int) -> tuple[bool, float]:
+        """Clip, project and apply the gradients that are there, as global step ``step`` says. Collective.
+
+        Returns:
+            whether the parameters were updated, and the norm of the applied gradients before clipping.
+        """
+        set_rates(self.optimizer, self.rates.at(step), weight_decay=self._weight_decay)
+        if isinstance(self.optimizer, ProjectingOptimizer):
+            self.optimizer.enabled = all(factor > 0.0 for factor in self.rates.stages.at(step).shield_at(step))
         with frozen_roles(self.optimizer, self.rates.frozen_at(step)):
             applied, grad_norm, _ = self.optimizer.step()
-        return StepResult(sums, totals, float(grad_norm or 0.0), bool(applied), rates)
+        return bool(applied), float(grad_norm or 0.0)
 
 
 def connect(config: TransformerConfig, chunks: Sequence[Any], optimizer: MegatronOptimizer) -> None:

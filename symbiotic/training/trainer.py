@@ -39,7 +39,8 @@ class Trainer:
         folder: the run folder.
         last_step: number of steps of the whole run.
         resumed_step: the step this launch goes on from, None for a fresh start.
-        data_seconds: how long reading the current step's batches took.
+        batches: this rank's microbatches of the current step.
+        data_seconds: how long reading them took.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Trainer:
         self.folder = Path(config.run.folder)
         self.last_step = config.training.steps
         self.resumed_step: int | None = None
+        self.batches: list[dict[str, Any]] = []
         self.data_seconds = 0.0
         self._step = step
         self._checkpoints = checkpoints
+        self._shield: tuple[float, ...] | None = None
         self._origin: Event | None = None
         self._stop_reason: str | None = None
 
@@ -75,9 +78,9 @@ class Trainer:
         stage = None
         while self.state.step < exit_step and not self._stop_agreed():
             stage = self._enter_stage(self.stages.at(self.state.step), left=stage)
-            batches = self._read_batches(self.state.step)
+            self.batches = self._read_batches(self.state.step)
             self._call("before_step")
-            result = self._step(batches, step=self.state.step)
+            result = self._step(self.batches, step=self.state.step)
             self.state.count(applied=result.applied, labels=result.totals)
             self._call("after_step", result)
         verdict = self._verdict(exit_step)
@@ -132,12 +135,26 @@ class Trainer:
         return self.last_step if limit is None else min(self.last_step, self.state.step + limit)
 
     def _enter_stage(self, stage: Stage, *, left: Stage | None) -> Stage:
-        """Set what the model holds for a whole stage; rates, loss weights and mixture are looked up by step."""
+        """Set what the model holds, the shield; rates, loss weights and mixture are looked up by step."""
+        self._set_shield(stage.shield_at(self.state.step))
         if stage is not left:
-            set_shield_factors(self.chunks, stage.shield)
             self._call("on_stage", stage)
-            self.log({"event": "stage", "step": self.state.step, "stage": stage.name, "first_step": stage.start})
+            self.log(
+                {
+                    "event": "stage",
+                    "step": self.state.step,
+                    "stage": stage.name,
+                    "first_step": stage.start,
+                    "shield": stage.shield_words(),
+                }
+            )
         return stage
+
+    def _set_shield(self, factors: tuple[float, ...]) -> None:
+        """Set the shields of the coming step; modules are walked through only where a factor changes."""
+        if factors != self._shield:
+            set_shield_factors(self.chunks, factors)
+            self._shield = factors
 
     def _read_batches(self, step: int) -> list[dict[str, Any]]:
         started = time.perf_counter()

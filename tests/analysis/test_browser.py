@@ -8,8 +8,11 @@ import time
 
 import pytest
 
+from symbiotic.analysis.comparison import compare_runs
 from symbiotic.analysis.report import build_report
+from symbiotic.analysis.run_report import build_run_report
 from tests.analysis.recipe_folder import write_recipe_folder
+from tests.analysis.run_folder import write_run
 from tests.support.requirements import require_demo, require_program
 
 FLAGS = (
@@ -70,6 +73,15 @@ def test_a_report_is_drawn(tmp_path):
     write_recipe_folder(tmp_path / "digits", began=time.time())
     build_report(tmp_path / "digits", command="test")
     check_page(tmp_path / "digits" / "report.html", tmp_path, num_pictures=4)
+
+
+@pytest.mark.slow
+def test_reports_on_runs_are_drawn(tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("ours", "other")]
+    build_run_report(folders[0], command="test")
+    compare_runs(folders, tmp_path / "both", command="test")
+    check_page(folders[0] / "report.html", tmp_path, num_pictures=7)
+    check_page(tmp_path / "both" / "report.html", tmp_path, num_pictures=4)
 
 
 @pytest.mark.slow

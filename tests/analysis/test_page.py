@@ -4,13 +4,13 @@ from html.parser import HTMLParser
 import pytest
 
 from symbiotic.analysis.figures import Picture
-from symbiotic.analysis.page import Section, format_number, render_page
+from symbiotic.analysis.page import Section, Table, format_number, render_page, results_table
 from symbiotic.analysis.results import Row
 
 ROWS = [
     Row("minutes.total", 16.0, "minutes", target=15.0, holds=False),
     Row("parameters.final", 1234567, "parameters", target=1234567, holds=True),
-    Row("text_bits_per_byte.final", 2.98765, "bits/byte", n=49000, chance=5.1),
+    Row("text_bits_per_byte.final", 2.98765, "bits/byte", n=49000, chance=5.1, ceiling=1.5),
 ]
 
 
@@ -74,7 +74,26 @@ def test_table_shows_values_references_and_verdicts(page):
         "1,234,567",
         "yes",
     ]
-    assert collector.cells[16:22] == ["text_bits_per_byte.final", "2.988", "bits/byte", "49,000", "5.1", "–"]
+    assert collector.cells[16:22] == ["text_bits_per_byte.final", "2.988", "bits/byte", "49,000", "5.1", "1.5"]
+
+
+def test_a_reference_that_no_row_has_is_no_column():
+    collector = Collector()
+    collector.feed(results_table([Row("steps", 4, "steps"), Row("share", 0.5, "share", n=8)]))
+    heads, rows = ["metric", "value", "unit", "n"], ["steps", "4", "steps", "–", "share", "0.5", "share", "8"]
+    assert [text for text in collector.text if text.strip()] == [*heads, *rows]
+    assert "holds" in results_table([Row("x", None, "x", holds=False)])
+
+
+def test_a_section_may_hold_a_table_and_a_page_no_rows():
+    table = Table(["metric", "run <a>"], [["loss", "1.5"], ["a & b", "2"]])
+    page = render_page("Runs", facts={}, rows=[], sections=[Section("Table", "text", table=table)])
+    collector = Collector()
+    collector.feed(page)
+    assert collector.open == []
+    assert collector.cells == ["loss", "1.5", "a & b", "2"]
+    assert "run <a>" in collector.text
+    assert "<h2>Figures</h2>" not in page
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,19 @@ def test_after_a_resume_the_later_entry_of_a_step_counts():
     assert collect(events, name="x").loss["text"] == [(1, 5.0), (2, 3.5)]
 
 
+def test_measurements_are_kept_whole_by_step():
+    """The later entry of a step counts, steps ascend whatever the order in the file."""
+    first, second = ({"event": "routing", "step": 4, "blocks": [0], "types": {"text": value}} for value in (1, 2))
+    early = {"event": "routing", "step": 2, "blocks": [0], "types": {}}
+    drift = {"event": "drift", "step": 4, "blocks": [0], "kl": {"text": [0.5]}}
+    gradients = {"event": "gradients", "step": 4, "blocks": [0], "by_class": {}}
+    probe = {"event": "probe", "step": 4, "loss": {"whole": {"digits": {"text": 2.0}}}}
+    log = collect([first, drift, second, early, gradients, probe], name="x")
+    assert log.routing == {2: early, 4: second} and list(log.routing) == [2, 4]
+    assert (log.drift, log.gradients, log.probes) == ({4: drift}, {4: gradients}, {4: probe})
+    assert collect([], name="x").routing == {}
+
+
 def test_read_run_log_takes_the_folder_name_and_leaves_out_a_half_written_line(tmp_path):
     folder = tmp_path / "generation"
     folder.mkdir()

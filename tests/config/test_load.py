@@ -9,6 +9,7 @@ import pytest
 
 from symbiotic.config import Config, config_from_tree, load_config, save_config
 from symbiotic.config.messages import Origin
+from symbiotic.config.schema import ShieldRamp
 from symbiotic.errors import ConfigError
 from tests.config.trees import config, tree, vocabulary, write
 
@@ -99,6 +100,21 @@ def test_steps_that_dont_fit_the_stages_are_refused(changes, message):
         ("rates/router.*", -1, "= -1.0 is too small; it must be at least 0.0"),
         ("stages.0.shield.generation_code", -0.1, "= -0.1 is too small; it must be at least 0.0"),
         ("stages.0.frozen", "head", "= 'head' is a text, but must be a list of texts; change it"),
+        (
+            "stages.0.shield.generation_code",
+            "low",
+            "= 'low' is a text, but must be a number or a table with the keys from, to, steps; change it",
+        ),
+        (
+            "stages.0.shield.generation_code",
+            None,
+            "= null is empty, but must be a number or a table with the keys from, to, steps; change it",
+        ),
+        (
+            "stages.0.shield.generation_code",
+            [0, 0.1],
+            "= [0, 0.1] is a list, but must be a number or a table with the keys from, to, steps; change it",
+        ),
         ("stages.0", "warm-up", "= 'warm-up' is a text, but must be a table; change it"),
         ("run.seed", 2**31, "= 2147483648 is too large; it must be at most 2147483647"),
         ("groups.generation", 4, "= 4 is a whole number, but must be a table; change it"),
@@ -134,6 +150,32 @@ def test_an_int_is_a_float_and_nothing_else_is_converted():
     resolved = config(**{"rates/head": 1, "model.rotary_percent": 1})
     assert isinstance(resolved.rates["head"], float)
     assert isinstance(resolved.model.rotary_percent, float)
+
+
+@pytest.mark.parametrize(
+    ("ramp", "message"),
+    [
+        ({"from": 0}, "to is missing: set it (factor of the ramp's last step and of all later ones)"),
+        ({"fromm": 0, "to": 1}, "fromm is not a setting: did you mean 'from'?"),
+        ({"from": 0, "to": -1}, "to = -1.0 is too small; it must be at least 0.0"),
+        ({"from": 0, "to": 1, "steps": 1}, "steps = 1 is too small; it must be at least 2"),
+        ({"from": "low", "to": 1}, "from = 'low' is a text, but must be a number; change it"),
+    ],
+)
+def test_a_wrong_ramp_is_named_with_its_remedy(ramp, message):
+    with pytest.raises(ConfigError) as caught:
+        config(**{"stages.0.shield.generation_code": ramp})
+    assert str(caught.value) == f"test.yaml: stages.0.shield.generation_code.{message}"
+
+
+def test_a_ramp_is_saved_and_loaded_under_its_names(tmp_path):
+    override = "stages.warm-up.shield.generation_code={from: 0, to: 0.1, steps: 4}"
+    resolved = load_config(write(tmp_path / "a.yaml"), [override], check_files=False)
+    ramp = resolved.stages[0].shield["generation_code"]
+    assert ramp == ShieldRamp(start=0.0, end=0.1, steps=4) and isinstance(ramp.start, float)
+    assert resolved.to_dict()["stages"][0]["shield"] == {"generation_code": {"from": 0.0, "to": 0.1, "steps": 4}}
+    save_config(resolved, tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml", check_files=False) == resolved
 
 
 def test_messages_name_file_and_line(tmp_path):

@@ -139,7 +139,7 @@ def test_what_megatron_refuses_itself_is_one_sentence_too():
 
 
 def test_settings_refused_on_the_cpu_are_checked_once_auto_is_decided():
-    assert "= true is refused on the CPU" in run("refused_for_auto", key=f"{T}.masked_softmax_fusion", value=True)
+    assert "= true is refused on the CPU" in run("refused_for_auto", key=f"{T}.apply_rope_fusion", value=True)
     assert "needs a GPU, and the device is cpu" in run("refused_for_auto", key=f"{T}.context_parallel_size", value=2)
     assert run("refused_for_auto", key=f"{T}.layernorm_epsilon", value=1e-6) == ""
 

@@ -1,5 +1,6 @@
 """A small tokenizer, codec and vocabulary that belong together, for tests of preprocessing."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -38,3 +39,16 @@ def make_encoder_files(folder: Path) -> EncoderFiles:
         codec=folder / "codec",
         image_root=image_root,
     )
+
+
+def write_interleaved(path: Path, *, count: int, seed: int) -> None:
+    """Records of words, half of them with an image of 2x2 codes."""
+    generator = np.random.default_rng(seed)
+    lines = []
+    for number in range(count):
+        words = " ".join(generator.choice(["draw", "read", "seven", "naïve"], generator.integers(1, 60)))
+        codes = generator.integers(0, NUM_CODES, (2, 2)).tolist()
+        image = {"type": "image", "tokens": codes, "use": str(generator.choice(["understand", "generate", "both"]))}
+        segments = [{"type": "text", "text": words}, image][: int(generator.integers(1, 3))]
+        lines.append(json.dumps({"id": f"{path.stem}-{number}", "segments": segments}))
+    path.write_text("\n".join(lines) + "\n")

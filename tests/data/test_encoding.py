@@ -1,14 +1,15 @@
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from symbiotic.data.codecs import PatchCodebook, png_bytes
 from symbiotic.data.encoding import DocumentEncoder, EncodedBatch, EncoderFiles
-from symbiotic.data.readers import LineBatch
+from symbiotic.data.readers import RawRecord
 from symbiotic.errors import DataError
 from symbiotic.tokens.tokenizer import Tokenizer
+from symbiotic.tokens.vocabulary import VocabularyLayout
 from tests.data.encoders import make_encoder_files, small_image
 
 TEXT, TEXT_WITHOUT_LOSS, READ, DRAWN = 0, 0x10, 0x11, 2
@@ -26,8 +27,9 @@ def encoder(files) -> DocumentEncoder:
 
 
 def encode(encoder: DocumentEncoder, *records: object) -> EncodedBatch:
-    data = "".join(json.dumps(record) + "\n" for record in records).encode()
-    return encoder.encode_batch(LineBatch(file="corpus.jsonl", first_line=1, data=data))
+    return encoder.encode_batch(
+        RawRecord("corpus.jsonl", line, record, num_bytes=10) for line, record in enumerate(records, start=1)
+    )
 
 
 def record(*segments: dict, **keys: object) -> dict:
@@ -60,7 +62,8 @@ def test_an_interleaved_document_by_hand(encoder, files):
     ]
     (document,) = batch.documents()
     assert [(tokens.tolist(), mode) for tokens, mode in document] == expected
-    assert (batch.ids, batch.licenses, batch.lines.tolist(), batch.rejections) == (["a"], ["MIT"], [1], [])
+    assert batch.block.table.to_pylist() == [{"id": "a", "source_file": "corpus.jsonl", "line": 1, "license": "MIT"}]
+    assert (batch.num_bytes, batch.rejections) == (10, [])
 
 
 def test_documents_of_a_batch_keep_their_segments_and_lines(encoder):
@@ -69,7 +72,8 @@ def test_documents_of_a_batch_keep_their_segments_and_lines(encoder):
     batch = encode(encoder, records[0], {}, records[1], records[2])
     found = [[encoder.tokenizer.decode(tokens) for tokens, _ in document] for document in batch.documents()]
     assert found == texts
-    assert (batch.lines.tolist(), batch.licenses) == ([1, 3, 4], [None] * 3)
+    table = batch.block.table
+    assert (table.column("line").to_pylist(), table.column("license").to_pylist()) == ([1, 3, 4], [None] * 3)
     assert [(rejection.file, rejection.line) for rejection in batch.rejections] == [("corpus.jsonl", 2)]
 
 
@@ -77,7 +81,7 @@ def test_a_batch_without_any_good_record(encoder):
     batch = encode(encoder, {}, 4)
     assert list(batch.documents()) == []
     assert len(batch.rejections) == 2
-    assert len(batch.tokens) == 0
+    assert len(batch.block.tokens) == 0
 
 
 @pytest.mark.parametrize(
@@ -96,7 +100,7 @@ def test_bad_images_are_rejected_with_a_reason(encoder, image, reason):
     assert rejection.line == 2
     assert rejection.reason.startswith("image in segment 1: ")
     assert reason in rejection.reason
-    assert batch.lines.tolist() == [1, 3]
+    assert batch.block.table.column("line").to_pylist() == [1, 3]
 
 
 def test_images_of_a_wrong_size_are_rejected(encoder, files):
@@ -125,3 +129,24 @@ def test_files_that_do_not_belong_together(files, tmp_path):
     refused(r"has 16 image codes but the codec in .*codec has 4", codec=tmp_path / "codec")
     refused("the image root is no folder", image_root=tmp_path / "absent")
     refused("the vocabulary can't be read", vocabulary=tmp_path / "absent.json")
+
+
+def test_a_text_without_a_token_is_rejected(files, tmp_path):
+    """A model that strips spaces makes nothing of them; the documents around it stay."""
+    with open(tmp_path / "m.model", "wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["draw and read " * 20]), model_writer=model, vocab_size=18, model_type="bpe",
+            minloglevel=1, hard_vocab_limit=False,
+        )  # fmt: skip
+    tokenizer = Tokenizer(tmp_path / "m.model")
+    layout = VocabularyLayout.build(
+        text_size=tokenizer.size, codebook_size=0, resolutions=[], tokenizer_digest=tokenizer.digest
+    )
+    layout.save(tmp_path / "v.json")
+    stripping = DocumentEncoder(EncoderFiles(vocabulary=tmp_path / "v.json", tokenizer=tokenizer.path))
+    texts = [["draw"], ["read", "  "], [" "], ["and", "draw"]]
+    batch = encode(stripping, *(record(*({"type": "text", "text": t} for t in row), id=row[0]) for row in texts))
+    assert batch.ids == ["draw", "and"]
+    assert [rejection.line for rejection in batch.rejections] == [2, 3]
+    assert "gives no token" in batch.rejections[0].reason
+    assert [len(document) for document in batch.documents()] == [1, 2]

@@ -1,3 +1,5 @@
+import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -6,16 +8,20 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from symbiotic.data import preprocess as module
-from symbiotic.data.encoding import DocumentEncoder, EncodedBatch, EncoderFiles
-from symbiotic.data.preprocess import preprocess
-from symbiotic.data.readers import LineBatch, read_documents
-from symbiotic.data.shards import FILE_SUFFIXES, Shard, shard_path
+from symbiotic.data import chunk_jobs
+from symbiotic.data.encoding import DocumentEncoder, EncoderFiles
+from symbiotic.data.formats import FORMATS
+from symbiotic.data.plan import JobShare, Splits, plan_chunks
+from symbiotic.data.preprocess import PreprocessOptions, PreprocessResult, preprocess
+from symbiotic.data.readers import RawRecord, read_documents
+from symbiotic.data.shards import FILE_SUFFIXES, DocumentRecord, Shard, ShardWriter, shard_path, verify_shard
 from symbiotic.errors import DataError
 from symbiotic.tokens.documents import TextSegment
-from tests.data.encoders import make_encoder_files
+from tests.data.encoders import make_encoder_files, small_image, write_interleaved
 from tests.support.repository import ROOT
 
 SUFFIXES = (*FILE_SUFFIXES.values(), ".manifest.json")
@@ -29,17 +35,9 @@ def files(tmp_path_factory) -> EncoderFiles:
 @pytest.fixture
 def corpus(tmp_path) -> list[Path]:
     """Two files of 300 and 20 interleaved records."""
-    generator = np.random.default_rng(0)
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    for path, count in zip(paths, (300, 20), strict=True):
-        lines = []
-        for number in range(count):
-            words = " ".join(generator.choice(["draw", "read", "seven", "naïve"], generator.integers(1, 60)))
-            codes = generator.integers(0, 16, (2, 2)).tolist()
-            image = {"type": "image", "tokens": codes, "use": str(generator.choice(["understand", "generate", "both"]))}
-            segments = [{"type": "text", "text": words}, image][: int(generator.integers(1, 3))]
-            lines.append(json.dumps({"id": f"{path.stem}-{number}", "segments": segments}))
-        path.write_text("\n".join(lines) + "\n")
+    for seed, (path, count) in enumerate(zip(paths, (300, 20), strict=True)):
+        write_interleaved(path, count=count, seed=seed)
     return paths
 
 
@@ -53,6 +51,10 @@ def spoil(path: Path, *lines: int) -> None:
 
 def shard_bytes(prefix: Path) -> list[bytes]:
     return [shard_path(prefix, suffix).read_bytes() for suffix in SUFFIXES]
+
+
+def run(corpus, output: Path, files: EncoderFiles, **options: object) -> PreprocessResult:
+    return preprocess(corpus, output=output, files=files, options=PreprocessOptions(**options))
 
 
 def test_the_shard_holds_the_documents(corpus, files, tmp_path):
@@ -83,32 +85,98 @@ def test_the_shard_holds_the_documents(corpus, files, tmp_path):
         "num_documents": 320,
         "num_tokens": shard.num_tokens,
         "num_rejected": 0,
+        "resumed_bytes": 0,
     }
-    assert result.manifest["tokens"] == shard.num_tokens
+    assert result.manifests == {tmp_path / "shard": verify_shard(tmp_path / "shard", vocabulary=encoder.vocabulary)}
     assert result.rejected_file is None
+    assert sorted(path.name for path in tmp_path.glob("*shard*")) == sorted(
+        f"shard{suffix}" for suffix in (*SUFFIXES, ".run.json")
+    )
 
 
-def test_bytes_do_not_depend_on_workers_or_batches(corpus, files, tmp_path):
+def test_bytes_are_those_of_the_plain_writer(corpus, files, tmp_path):
+    """Chunks, parts and assembly give what documents written one after the other give, whatever the workers."""
     spoil(corpus[0], 7, 250)
+    encoder = DocumentEncoder(files)
+    (tmp_path / "plain").mkdir()
+    with ShardWriter(tmp_path / "plain" / "shard", vocabulary=encoder.vocabulary) as writer:
+        for path in corpus:
+            lines = enumerate(path.read_bytes().splitlines(), start=1)
+            batch = encoder.encode_batch(RawRecord(str(path), number, json.loads(line), 0) for number, line in lines)
+            for row, segments in zip(batch.block.table.to_pylist(), batch.documents(), strict=True):
+                writer.add_document(DocumentRecord(**row), segments)
+        writer.finalize()
+    expected = shard_bytes(tmp_path / "plain" / "shard")
+    rejected = []
+    for workers, chunk_bytes in ((1, 1 << 20), (1, 1000), (2, 3000)):
+        output = tmp_path / f"{workers}-{chunk_bytes}" / "shard"
+        output.parent.mkdir()
+        run(corpus, output, files, workers=workers, chunk_bytes=chunk_bytes, max_bad_records=2)
+        assert shard_bytes(output) == expected
+        rejected.append(shard_path(output, ".rejected.jsonl").read_bytes())
+    assert rejected[0] == rejected[1] == rejected[2]
+    assert [json.loads(line)["line"] for line in rejected[0].splitlines()] == [7, 250]
+
+
+def test_jobs_of_an_array_make_the_same_documents(corpus, files, tmp_path):
+    run(corpus, tmp_path / "whole", files, chunk_bytes=2000)
+    encoder = DocumentEncoder(files)
     found = []
-    for workers, batch_bytes in ((1, 1 << 18), (1, 100), (2, 3000)):
-        # The same names, as the document table holds them.
-        preprocess(
-            corpus,
-            output=tmp_path / "shard",
-            files=files,
-            workers=workers,
-            batch_bytes=batch_bytes,
-            max_bad_records=2,
-        )
-        found.append([*shard_bytes(tmp_path / "shard"), (tmp_path / "shard.rejected.jsonl").read_bytes()])
-    assert found[0] == found[1] == found[2]
+    for index in range(3):
+        run(corpus, tmp_path / "shard", files, chunk_bytes=2000, job=JobShare(index, 3))
+        shard = Shard.open(tmp_path / f"shard-0000{index}-of-00003", vocabulary=encoder.vocabulary)
+        assert shard.num_documents > 50
+        found += shard.read_documents().to_pylist()
+    assert found == Shard.open(tmp_path / "whole").read_documents().to_pylist()
+    with pytest.raises(DataError, match=r"--shard 3/400 has nothing to do: the input has \d+ chunks"):
+        run(corpus, tmp_path / "shard", files, chunk_bytes=2000, job=JobShare(3, 400))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 10])
+def test_every_job_of_an_array_has_chunks_and_no_chunk_is_lost(tmp_path, count):
+    for name, size in (("a", 1000), ("b", 10), ("c", 5000), ("d", 1)):
+        (tmp_path / f"{name}.jsonl").write_bytes(b"x" * (size - 1) + b"\n")
+    inputs = sorted(tmp_path.iterdir())
+    whole = plan_chunks(inputs, chunk_bytes=900, job=JobShare())
+    jobs = [plan_chunks(inputs, chunk_bytes=900, job=JobShare(index, count)) for index in range(count)]
+    assert all(jobs)
+    assert [chunk for job in jobs for chunk in job] == whole
+    assert len(whole) == 10
+
+
+def test_splits_by_a_hash_of_the_id(corpus, files, tmp_path):
+    splits = Splits.parse(["validation=0.1", "test=0.2"])
+    result = run(corpus, tmp_path / "shard", files, splits=splits, chunk_bytes=3000)
+    whole = run(corpus, tmp_path / "whole", files)
+    rows = {name: Shard.open(tmp_path / f"shard_{name}").read_documents().to_pylist() for name in splits.names}
+    assert list(result.manifests) == [tmp_path / f"shard_{name}" for name in ("train", "validation", "test")]
+    for name, low, high in (("validation", 0, 0.1), ("test", 0.1, 0.3), ("train", 0.3, 1)):
+        for row in rows[name]:
+            place = int(hashlib.sha256(row["id"].encode()).hexdigest()[:16], 16) / 2**64
+            assert low <= place < high
+    every = Shard.open(tmp_path / "whole").read_documents().to_pylist()
+    assert sorted((row for split in rows.values() for row in split), key=every.index) == every
+    assert sum(m["tokens"] for m in result.manifests.values()) == whole.manifests[tmp_path / "whole"]["tokens"]
+    with pytest.raises(DataError, match="shard_rare: no document fell to rare; raise its share"):
+        run(corpus, tmp_path / "shard", files, splits=Splits.parse(["rare=.000001"]))
+
+
+@pytest.mark.parametrize("text", ["validation", "a=1.5", "a=0.0", "train=0.1", "a=.5 a=.1", "a=.5 b=.5"])
+def test_impossible_splits(text):
+    with pytest.raises(DataError, match="--split"):
+        Splits.parse(text.split())
+
+
+@pytest.mark.parametrize("text", ["1", "2/2", "0/0", "-1/2", "a/b"])
+def test_impossible_shares_of_an_array(text):
+    with pytest.raises(DataError, match="--shard"):
+        JobShare.parse(text)
 
 
 def test_quarantine_names_file_line_and_reason(corpus, files, tmp_path):
     spoil(corpus[0], 7)
     spoil(corpus[1], 20)
-    result = preprocess(corpus, output=tmp_path / "shard", files=files, max_bad_records=2)
+    result = run(corpus, tmp_path / "shard", files, max_bad_records=2, chunk_bytes=500)
     rejected = [json.loads(line) for line in (tmp_path / "shard.rejected.jsonl").read_text().splitlines()]
     assert [(entry["file"], entry["line"]) for entry in rejected] == [(str(corpus[0]), 7), (str(corpus[1]), 20)]
     assert rejected[0]["reason"].startswith("the record lacks the key 'segments'")
@@ -120,79 +188,146 @@ def test_quarantine_names_file_line_and_reason(corpus, files, tmp_path):
 def test_one_bad_record_too_many_ends_without_a_shard(corpus, files, tmp_path):
     spoil(corpus[0], 7, 9, 11)
     with pytest.raises(DataError, match=r"a\.jsonl:11: .*bad record number 3, --max-bad-records is 2"):
-        preprocess(corpus, output=tmp_path / "shard", files=files, max_bad_records=2)
+        run(corpus, tmp_path / "shard", files, max_bad_records=2)
     assert len((tmp_path / "shard.rejected.jsonl").read_text().splitlines()) == 3
     assert sorted(path.name for path in tmp_path.glob("*shard*")) == ["shard.rejected.jsonl"]
-    preprocess(corpus, output=tmp_path / "shard", files=files, max_bad_records=3)
+    run(corpus, tmp_path / "shard", files, max_bad_records=3)
     before = shard_bytes(tmp_path / "shard")
     with pytest.raises(DataError):
-        preprocess(corpus, output=tmp_path / "shard", files=files)
+        run(corpus, tmp_path / "shard", files)
     assert shard_bytes(tmp_path / "shard") == before
+
+
+def test_bad_records_of_several_chunks_add_up(corpus, files, tmp_path):
+    """Two processes, each below the limit on its own; with --resume and a higher limit the run goes on."""
+    spoil(corpus[0], 7, 290)
+    spoil(corpus[1], 3)
+    with pytest.raises(DataError, match="bad record number 3, --max-bad-records is 2"):
+        run(corpus, tmp_path / "shard", files, max_bad_records=2, chunk_bytes=4000, workers=2)
+    assert list((tmp_path / "shard.parts").glob("*.part"))
+    run(corpus, tmp_path / "shard", files, max_bad_records=3, chunk_bytes=4000, resume=True)
+    assert len((tmp_path / "shard.rejected.jsonl").read_text().splitlines()) == 3
+    assert Shard.open(tmp_path / "shard").num_documents == 317
 
 
 def test_a_clean_run_removes_an_old_quarantine_file(corpus, files, tmp_path):
     (tmp_path / "shard.rejected.jsonl").write_text("old\n")
-    preprocess(corpus, output=tmp_path / "shard", files=files)
+    run(corpus, tmp_path / "shard", files)
     assert not (tmp_path / "shard.rejected.jsonl").exists()
 
 
-def test_only_a_few_batches_are_read_ahead(corpus, files, monkeypatch):
-    """Memory is bounded by the batches under way, not by the corpus."""
-
-    class Pool:
-        """Runs at once; what counts is when the next batch is asked for."""
-
-        def __init__(self, **_: object) -> None:
-            pass
-
-        def submit(self, _: object, batch: LineBatch) -> "Pool":
-            return self
-
-        def result(self) -> EncodedBatch:
-            return DocumentEncoder(files).encode_batch(LineBatch(file="x", first_line=1, data=b""))
-
-        def shutdown(self, *, cancel_futures: bool) -> None:
-            assert cancel_futures
-
-    monkeypatch.setattr(module, "ProcessPoolExecutor", Pool)
-    asked = []
-
-    def batches():
-        for number in range(50):
-            asked.append(number)
-            yield LineBatch(file="x", first_line=1, data=b"")
-
-    results = module.encode_in_order(batches(), encoder=DocumentEncoder(files), workers=2)
-    next(results)
-    assert len(asked) == 2 * module.BATCHES_A_WORKER
-    assert len(list(results)) == 49
+class Interrupted(Exception):
+    pass
 
 
-def _kill_this_process(batch: LineBatch) -> EncodedBatch:
+def interrupt_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let only so many chunks become parts."""
+    original = chunk_jobs.encode_chunk
+    calls = iter(range(count))
+
+    def encode_chunk(*arguments: object, **options: object) -> object:
+        if next(calls, None) is None:
+            raise Interrupted
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(chunk_jobs, "encode_chunk", encode_chunk)
+
+
+def test_resume_goes_on_with_finished_parts(corpus, files, tmp_path, monkeypatch):
+    run(corpus, tmp_path / "whole", files)
+    with monkeypatch.context() as patch:
+        interrupt_after(5, patch)
+        with pytest.raises(Interrupted):
+            run(corpus, tmp_path / "shard", files, chunk_bytes=3000)
+    assert len(list((tmp_path / "shard.parts").glob("*.part"))) == 5
+    (tmp_path / "shard.parts" / ".000005.part.1.tmp").write_bytes(b"half")
+    (tmp_path / ".shard.bin.1.tmp").write_bytes(b"half")
+
+    encoded, states = [], []
+    original = chunk_jobs.encode_chunk
+    monkeypatch.setattr(chunk_jobs, "encode_chunk", lambda job, **o: encoded.append(job.number) or original(job, **o))
+    preprocess(
+        corpus,
+        output=tmp_path / "shard",
+        files=files,
+        options=PreprocessOptions(chunk_bytes=3000, resume=True),
+        report=lambda state: states.append(vars(state).copy()),
+    )
+    assert encoded[0] == 5 and len(encoded) == len(set(encoded))
+    assert states[-1]["num_bytes"] == states[-1]["total_bytes"] and states[-1]["resumed_bytes"] == 15000
+    assert [path.read_bytes() for path in files_of(tmp_path / "shard")] == [
+        path.read_bytes() for path in files_of(tmp_path / "whole")
+    ]
+    assert not (tmp_path / "shard.parts").exists() and not list(tmp_path.glob(".*.tmp"))
+
+    encoded.clear()
+    result = run(corpus, tmp_path / "shard", files, chunk_bytes=3000, resume=True)
+    assert (encoded, result.progress.num_documents) == ([], 320)  # finished before: nothing to do
+
+
+def files_of(prefix: Path) -> list[Path]:
+    """The shard's files whose bytes don't hold its name."""
+    return [shard_path(prefix, suffix) for suffix in FILE_SUFFIXES.values()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [("input", "another input"), ("chunk", "another chunk_bytes"), ("split", "another split")],
+)
+def test_parts_of_another_run_are_refused(corpus, files, tmp_path, monkeypatch, change, message):
+    with monkeypatch.context() as patch:
+        interrupt_after(2, patch)
+        with pytest.raises(Interrupted):
+            run(corpus, tmp_path / "shard", files, chunk_bytes=3000)
+    options = {"chunk_bytes": 3000, "resume": True}
+    if change == "input":
+        corpus[1].write_text(corpus[1].read_text())
+    elif change == "chunk":
+        options["chunk_bytes"] = 3001
+    else:
+        options["splits"] = Splits.parse(["validation=0.1"])
+    with pytest.raises(DataError, match=message):
+        run(corpus, tmp_path / "shard", files, **options)
+    run(corpus, tmp_path / "shard", files, **options | {"resume": False})
+
+
+def test_two_runs_on_one_output_are_refused(corpus, files, tmp_path):
+    (tmp_path / "shard.parts").mkdir()
+    with open(tmp_path / "shard.parts" / "lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"shard\.parts: another process is writing this output"):
+            run(corpus, tmp_path / "shard", files)
+
+
+def _kill_this_process(job: chunk_jobs.ChunkJob) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-    raise AssertionError
 
 
 def test_a_killed_worker_is_one_sentence(corpus, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_encode", _kill_this_process)
+    monkeypatch.setattr(chunk_jobs, "_work", _kill_this_process)
     with pytest.raises(DataError, match="a preprocessing process was killed"):
-        preprocess(corpus, output=tmp_path / "shard", files=files, workers=2)
+        run(corpus, tmp_path / "shard", files, workers=2)
     assert not list(tmp_path.glob("*shard*"))
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"workers": 0}, "--workers 0 and"), ({"max_bad_records": -1}, "--max-bad-records -1")],
+    [
+        ({"workers": 0}, "--workers 0"),
+        ({"max_bad_records": -1}, "--max-bad-records -1"),
+        ({"chunk_bytes": 0}, "--chunk"),
+    ],
 )
-def test_impossible_options(corpus, files, tmp_path, options, message):
+def test_impossible_options(options, message):
     with pytest.raises(DataError, match=message):
-        preprocess(corpus, output=tmp_path / "shard", files=files, **options)
+        PreprocessOptions(**options)
 
 
 def test_a_corpus_without_records_gives_no_shard(files, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(DataError, match="the corpus gave no document"):
-        preprocess([tmp_path / "empty.jsonl"], output=tmp_path / "shard", files=files)
+        run([tmp_path / "empty.jsonl"], tmp_path / "shard", files)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.jsonl", "shard.parts"]
 
 
 def tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -233,3 +368,46 @@ def test_the_commands_make_a_corpus_and_name_mistakes(corpus, tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: {pictures}:1: image in segment 1: it stands as the path '0.png'")
     assert result.stderr.count("\n") == 1
+
+
+def test_every_format_and_container_ends_in_a_shard_of_the_same_documents(files, tmp_path):
+    """One picture with a caption and one text, spelled in every layout, by the function behind the command."""
+    picture = (files.image_root / "0.png").read_bytes()
+    bare, drawn = {"type": "text", "text": "draw", "loss": False}, {"type": "image", "use": "generate"}
+    records = [{"id": "a", "segments": [bare, drawn | {"image": picture}]}]
+    pq.write_table(pa.Table.from_pylist(records), tmp_path / "record.parquet")
+    turns = [{"from": "human", "value": "<image>read"}, {"from": "gpt", "value": "seven"}]
+    rows = {
+        "text.jsonl": {"text": "draw"},
+        "llava.json": {"id": "a", "image": "0.png", "conversations": turns},
+        "mmc4.jsonl": {"text_list": ["read"], "image_info": [{"image_name": "0.png", "matched_text_index": 0}]},
+        "obelics.parquet": {"images": [picture, None], "texts": [None, "read"]},
+        "bagel_text_to_image.parquet": {"image": picture, "captions": '{"one": "draw"}'},
+        "bagel_editing.parquet": {"image_list": [picture, picture], "instruction_list": [["draw"]]},
+    }
+    for name, row in rows.items():
+        if name.endswith("parquet"):
+            pq.write_table(pa.Table.from_pylist([row]), tmp_path / name)
+        else:
+            (tmp_path / name).write_text(json.dumps([row] if name.endswith("json") else row))
+    encoder = DocumentEncoder(files)
+    ids, image = encoder.tokenizer.encode, encoder.codec.encode(small_image(0)).reshape(-1)
+    codes = [encoder.vocabulary.resolution_id(2, 2), *(encoder.vocabulary.image_offset + image).tolist()]
+    expected = {
+        "record": [(ids("draw"), 0x10), (codes, 2)],
+        "text": [(ids("draw"), 0)],
+        "llava": [(codes, 0x11), (ids("read\n"), 0x10), (ids("seven\n"), 0)],
+        "mmc4": [(codes, 0x11), (ids("read"), 0)],
+        "obelics": [(codes, 0x11), (ids("read"), 0)],
+        "bagel_text_to_image": [(ids("draw"), 0x10), (codes, 2)],
+        "bagel_editing": [(codes, 0x11), (ids("draw"), 0x10), (codes, 2)],
+    }
+    for name in ["record.parquet", *rows]:
+        format = name.partition(".")[0]
+        run([tmp_path / name], tmp_path / "shard", files, format=format)
+        verify_shard(tmp_path / "shard", vocabulary=encoder.vocabulary)
+        found = Shard.open(tmp_path / "shard").document(0)
+        assert [(tokens.tolist(), mode) for tokens, mode in found] == [
+            (list(map(int, tokens)), mode) for tokens, mode in expected[format]
+        ], name
+    assert expected.keys() == FORMATS.keys()

@@ -10,6 +10,7 @@ from examples.digits import recipe
 from symbiotic.analysis.results import read_results
 from symbiotic.config import load_config
 from symbiotic.errors import ConfigError, UserError
+from tests.examples.conftest import run_command
 from tests.support.repository import ROOT
 
 SIZES = {"full": recipe.Size(), "smoke": recipe.SMOKE}
@@ -139,20 +140,12 @@ def test_starting_at_a_phase_needs_the_ones_before(console):
         recipe.run_recipe([phase("a", ""), phase("b", "")], first="b", began=time.time(), console=console)
 
 
-def run(*command, cwd):
-    """A command of this repository, its output in the test's log."""
-    words = [sys.executable, *map(str, command)]
-    result = subprocess.run(words, cwd=cwd, env=recipe.environment(1), capture_output=True, text=True, check=False)
-    print(result.stdout, result.stderr)
-    return result
-
-
 @pytest.mark.slow
-def test_the_whole_recipe_in_small(tmp_path):
+def test_the_whole_recipe_in_small(small_recipe):
     """Every part works, and what needs no training holds; then the model that it made is looked at."""
-    result = run(recipe.EXAMPLE / "recipe.py", "--smoke", cwd=tmp_path)
+    place, result = small_recipe
     assert result.returncode == 0, result.stderr
-    folder = tmp_path / recipe.FOLDER
+    folder = place / recipe.FOLDER
     rows = {row.metric: row for row in read_results(folder / "report.json")[0]}
     assert all(row.value is not None for row in rows.values())
     assert rows["parameters.final"].holds
@@ -166,11 +159,11 @@ def test_the_whole_recipe_in_small(tmp_path):
     generate = ROOT / "tools" / "generate.py"
     model = ("--model", recipe.FOLDER / "generation")
     prompt = ("--prompt", "Draw a seven.", "--count", "2", "--output", "drawn")
-    assert run(generate, "draw", *model, *prompt, cwd=tmp_path).returncode == 0
-    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["0.png", "1.png"]
-    read = run(generate, "read", *model, "--image", "drawn/0.png", "--size", "4", "4", cwd=tmp_path)
+    assert run_command(generate, "draw", *model, *prompt, cwd=place).returncode == 0
+    assert sorted(path.name for path in (place / "drawn").iterdir()) == ["0.png", "1.png"]
+    read = run_command(generate, "read", *model, "--image", "drawn/0.png", "--size", "4", "4", cwd=place)
     assert read.returncode == 0
     assert read.stdout.startswith("drawn/0.png: ")
-    wrong = run(generate, "read", *model, "--image", "drawn/0.png", cwd=tmp_path)
+    wrong = run_command(generate, "read", *model, "--image", "drawn/0.png", cwd=place)
     assert wrong.returncode == 1
     assert wrong.stderr.strip().endswith("the vocabulary has 4x4, 6x16")

@@ -131,7 +131,10 @@ def mixture(
     experts = config.expert_groups[config.group_of_router[router]][block]
     key = "weight" if len(config.group_of_router) == 1 else f"{router}.weight"
     logits = weights[f"{prefix}router.{key}"] @ vector
-    order = sorted(range(len(experts)), key=lambda index: -float(logits[index]))[: config.num_experts_per_tok]
+    ranking = logits
+    if config.router_bias:
+        ranking = 1 / (1 + torch.exp(-logits)) + weights[f"{prefix}router.group_bias"][experts]
+    order = sorted(range(len(experts)), key=lambda index: -float(ranking[index]))[: config.num_experts_per_tok]
     chosen = torch.stack([logits[index] for index in order])
     if config.router_score_function == "softmax":
         pool = logits if config.router_pre_softmax else chosen

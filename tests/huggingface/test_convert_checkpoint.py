@@ -56,6 +56,18 @@ def test_export_verifies_and_says_where(run_folder: Path, corpus: Corpus, tmp_pa
 
 
 @pytest.mark.slow
+def test_understanding_half_and_import_on_the_command_line(run_folder: Path, tmp_path: Path) -> None:
+    stock = tmp_path / "stock"
+    result = convert("export", run_folder, stock, "--understanding-only", "--documents", 3)
+    assert result.returncode == 0, result.stderr
+    assert "as Qwen2MoeForCausalLM" in result.stdout and "within the tolerance" in result.stdout
+    vocabulary = ("--codebook-size", 16, "--resolution", "2x2", "--multiple", 64)
+    result = convert("import", stock, tmp_path / "imported", *vocabulary, "--groups", "understanding=3", "generation=2")
+    assert result.returncode == 0, result.stderr
+    assert f"extends: {tmp_path / 'imported'}/model.yaml" in result.stdout
+
+
+@pytest.mark.slow
 def test_verify_fails_on_a_changed_tensor(run_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     assert convert("export", run_folder, folder, "--no-verify").returncode == 0
@@ -66,6 +78,7 @@ def test_verify_fails_on_a_changed_tensor(run_folder: Path, tmp_path: Path) -> N
     result = convert("verify", run_folder, folder, "--documents", 3)
     assert result.returncode == 1
     assert "PAST the tolerance" in result.stdout, result.stderr
+    assert "different: model.norm.weight, by at most" in result.stdout
 
 
 def test_mistakes_end_in_one_sentence(
@@ -77,6 +90,27 @@ def test_mistakes_end_in_one_sentence(
         "has no config.json; write it with": ("verify", run_folder, corpus.folder),
         "--shard-gb 0 is no size": ("export", run_folder, output, "--shard-gb", 0),
         f"{nothing}: the tokenizer can't be read": ("export", run_folder, output, "--tokenizer", nothing),
+        "--codec: an understanding-only export": (
+            "export",
+            run_folder,
+            output,
+            "--understanding-only",
+            "--codec",
+            corpus.folder / "codec",
+        ),
+        "--home and --text-vocabulary belong to": ("export", run_folder, output, "--home", "glm4_moe"),
+        "glm4_moe: router scores are softmax": (
+            "export",
+            run_folder,
+            output,
+            "--understanding-only",
+            "--home",
+            "glm4_moe",
+        ),
+        "the chat template can't be read": ("export", run_folder, output, "--chat-template", nothing),
+        "config.json can't be read": ("import", nothing, output),
+        "--resolution 4: give ROWSxCOLUMNS": ("import", nothing, output, "--resolution", 4),
+        "--groups a: give GROUP=EXPERTS": ("import", nothing, output, "--groups", "a"),
         f"{nothing}: the vocabulary can't be read": ("export", run_folder, output, "--vocabulary", nothing),
     }
     for message, arguments in mistakes.items():

@@ -118,3 +118,57 @@ def test_free_running_sampling_is_always_well_formed(model: SymbioticForCausalLM
         assert not {50, 52, 53} & set(row[2:]), "bos, padding and begin-understanding are never drawn"
         assert all(token < 54 or 64 <= token < 69 or 80 <= token < 96 for token in row), "unused ids"
     assert images > 10
+
+
+def guided_by_hand(model: SymbioticForCausalLM, ids: list[int], *, scale: float, negative: list[int], steps: int):
+    """Argmax of free + scale * (conditional - free), each from a pass without a cache; ids begin with a text."""
+    allowed = ImageSpanLogitsProcessor(model.config)
+
+    def scores(row: list[int]) -> Tensor:
+        types = model.complete_token_types(torch.tensor([row]), None)
+        return model(input_ids=torch.tensor([row]), token_type_ids=types, use_cache=False).logits[0, -1]
+
+    for _ in range(steps):
+        conditional = scores(ids)
+        if 64 in ids and 65 not in ids:
+            free = scores(negative + ids[ids.index(64) :])
+            conditional = torch.where(conditional.isneginf(), conditional, free + scale * (conditional - free))
+        ids = [*ids, int(allowed(torch.tensor([ids]), conditional[None]).argmax())]
+    return ids
+
+
+@pytest.mark.parametrize("negative", [[], [7, 8]], ids=["no prompt", "negative prompt"])
+def test_guidance_is_the_formula(model: SymbioticForCausalLM, negative: list[int]) -> None:
+    prompt = TEXT + DRAW_2X3
+    with torch.inference_mode():
+        expected = guided_by_hand(model, prompt, scale=3.0, negative=negative, steps=11)
+    settings = {"negative_prompt_ids": torch.tensor([negative])} if negative else {}
+    drawn = generate(model, torch.tensor([prompt]), max_new_tokens=11, guidance_scale=3.0, **settings)[0].tolist()
+    assert drawn == expected
+    plain = generate(model, torch.tensor([prompt]), max_new_tokens=11)[0].tolist()
+    assert drawn != plain, "the scale matters"
+    assert generate(model, torch.tensor([prompt]), max_new_tokens=11, guidance_scale=1.0)[0].tolist() == plain
+
+
+def test_guidance_in_a_batch_of_unequal_rows(model: SymbioticForCausalLM) -> None:
+    """One row begins its image later, one reads an image and writes text."""
+    prompts = [[*TEXT, 64, 68], [3, 14, 64, 68], [5, 53, 67, 81, 82, 66, 83, 84, 66, 65, 7]]
+    length = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[52] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    rows = generate(model, ids, attention_mask=mask, max_new_tokens=9, guidance_scale=2.0)
+    for row, prompt in zip(rows.tolist(), prompts, strict=True):
+        alone = generate(model, torch.tensor([prompt]), max_new_tokens=9, guidance_scale=2.0)[0].tolist()
+        assert row[length:] == alone[len(prompt) :]
+
+
+def test_guidance_with_beams_is_refused(model: SymbioticForCausalLM) -> None:
+    with pytest.raises(ValueError, match="needs num_beams=1"):
+        generate(model, torch.tensor([TEXT + DRAW_2X3]), max_new_tokens=2, guidance_scale=2.0, num_beams=2)
+
+
+def test_bfloat16_draws_well_formed_images() -> None:
+    config = small_config()
+    model = build(config, random_weights(config, seed=7)).to(torch.bfloat16)
+    drawn = generate(model, torch.tensor([TEXT + DRAW_2X3]), max_new_tokens=9, do_sample=True, guidance_scale=2.0)
+    assert spell(drawn[0].tolist()) == "tttttGrcccncccnE"

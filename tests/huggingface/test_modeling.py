@@ -25,6 +25,7 @@ VARIANTS = {
     },
     "pre-softmax": {"router_pre_softmax": True},
     "sigmoid, scaled": {"router_score_function": "sigmoid", "routed_scaling_factor": 2.5},
+    "bias of the choice": {"router_score_function": "sigmoid", "router_bias": True},
     "sqrtsoftplus": {"router_score_function": "sqrtsoftplus"},
     "query and key norm": {"use_qk_norm": True},
     "attention bias": {"attention_bias": True},
@@ -198,3 +199,32 @@ def test_tables_that_do_not_fit_are_refused() -> None:
         small_config(router_of_token_type=["x"] * 16)
     with pytest.raises(ValueError, match="router_score_function='tanh' is not one of"):
         small_config(router_score_function="tanh")
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    """As `activation_checkpointing_enable` of transformers does it; nothing of the layer may be lost on the way."""
+    config = small_config()
+    ids, types = random_row(20, seed=3)
+    gradients = []
+    for checkpointed in (False, True):
+        model = build(config, random_weights(config)).train()
+        if checkpointed:
+            model.activation_checkpointing_enable()
+        model(input_ids=ids[None], token_type_ids=types[None], labels=ids[None]).loss.backward()
+        # An expert that no token chose has no gradient.
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert set(gradients[0]) == set(gradients[1])
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+    assert gradients[0]["model.layers.0.mlp.shared_expert.up_proj.weight"].abs().sum() > 0
+
+
+@pytest.mark.slow
+def test_compiled_model_gives_the_same_logits(plain: SymbioticForCausalLM) -> None:
+    """Dynamo's tracing, with an eager backend: inductor needs a compiler on the machine."""
+    ids, types = random_row(20, seed=4)
+    with torch.no_grad():
+        expected = plain(input_ids=ids[None], token_type_ids=types[None], use_cache=False).logits
+        compiled = torch.compile(plain, backend="aot_eager")
+        found = compiled(input_ids=ids[None], token_type_ids=types[None], use_cache=False).logits
+    mask = used(plain.config.vocab_size)
+    assert torch.allclose(found[..., mask], expected[..., mask], atol=1e-5)

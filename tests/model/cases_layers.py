@@ -21,7 +21,7 @@ from symbiotic.model.output_layer import TwoPartOutputLayer
 from tests.model.tiny import IMAGE_PART, TEXT_PART, tiny_config
 
 
-def attention_against_stock(*, dtype: str) -> dict:
+def attention_against_stock(*, dtype: str, scale: float | None) -> dict:
     """Torch's attention against megatron-core's DotProductAttention under one document mask, with gradients."""
     config = tiny_config(params_dtype=getattr(torch, dtype), bf16=dtype == "bfloat16", attention_softmax_in_fp32=True)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -35,7 +35,7 @@ def attention_against_stock(*, dtype: str) -> dict:
         key, value = (
             torch.randn(8, 2, 2, 8, generator=generator).to(config.params_dtype).requires_grad_() for _ in range(2)
         )
-        core = kind(config, 1, AttnMaskType.causal, "self", pg_collection=groups)
+        core = kind(config, 1, AttnMaskType.causal, "self", softmax_scale=scale, pg_collection=groups)
         context = core(query, key, value, mask)
         context.square().sum().backward()
         results.append([context.detach(), query.grad, key.grad, value.grad])

@@ -127,25 +127,49 @@ def one_step(
     metrics: tuple[str, ...] = (),
     seeds: tuple[int, ...] = tuple(range(MICROBATCHES)),
     joined: bool = False,
+    only_type: int | None = None,
 ) -> dict[str, Any]:
     """One step over a global batch of one microbatch a seed: metrics, gradients, losses of the last stage.
 
-    With ``joined`` all of this rank's sequences are one microbatch.
+    With ``joined`` all of this rank's sequences are one microbatch; ``only_type`` is then every token's type.
     """
     chunks = build_chunks(plan=plan or {}, config=config or {}, blocks=blocks, dense=dense, virtual=virtual)
     if shield is not None:
         set_shield_factors(chunks, shield)
-    wrapped = wrap_chunks(chunks, transformer=chunks[0].config, ddp=DistributedDataParallelConfig())
+    batches = rank_batches(seeds)
+    if joined:
+        batches = [{name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}]
+    if only_type is not None:
+        batches = [{**batch, "token_types": torch.full_like(batch["token_types"], only_type)} for batch in batches]
+    losses = forward_backward(chunks, batches, virtual=virtual)
+    return {
+        "losses": losses,
+        "metrics": reported(metrics, blocks=blocks, dense=dense, num_microbatches=len(batches)),
+        "gradients": gradient_shards(chunks),
+        "roles": {name: parameter.role for chunk in chunks for name, parameter in chunk.named_parameters()},
+    }
+
+
+def rank_batches(seeds: tuple[int, ...]) -> list[dict[str, torch.Tensor]]:
+    """This data-parallel rank's microbatches of a global batch of one microbatch a seed."""
     rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-    mine = list(seeds)[rank::size]
+    return [tiny_batch(seed=seed) for seed in list(seeds)[rank::size]]
+
+
+def forward_backward(
+    chunks: list[torch.nn.Module],
+    batches: list[dict[str, torch.Tensor]],
+    *,
+    virtual: int | None = None,
+    weight: float = 1.0,
+) -> list[torch.Tensor]:
+    """Run the microbatches and reduce the gradients of ``weight`` times the mean loss; the last stage's losses."""
+    wrapped = wrap_chunks(chunks, transformer=chunks[0].config, ddp=DistributedDataParallelConfig())
 
     def forward_step(iterator, chunk):
         loss = chunk(**next(iterator))
-        return loss, lambda loss: (loss.mean(), loss.detach().clone())
+        return loss, lambda loss: (weight * loss.mean(), loss.detach().clone())
 
-    batches = [tiny_batch(seed=seed) for seed in mine]
-    if joined:
-        batches = [{name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}]
     iterators = [iter(batches) for _ in chunks]
     losses = get_forward_backward_func()(
         forward_step_func=forward_step,
@@ -157,15 +181,17 @@ def one_step(
         forward_only=False,
     )
     finalize_gradients(wrapped)
+    return losses
+
+
+def reported(
+    metrics: tuple[str, ...], *, blocks: int, dense: tuple[int, ...] = (), num_microbatches: int
+) -> dict[str, float]:
+    """The auxiliary losses, reduced over ranks and averaged over microbatches and MoE layers."""
     scalars = _Scalars()
     get_moe_metrics_tracker().report(
-        loss_scale=1.0 / len(batches), iteration=0, writer=scalars, force_initialize=True, track_names=list(metrics),
-        num_layers=2 * blocks,
+        loss_scale=1.0 / num_microbatches, iteration=0, writer=scalars, force_initialize=True,
+        track_names=list(metrics), num_layers=2 * blocks,
         moe_layer_freq=[int(symbol == "E") for symbol in LayerPattern.from_blocks(blocks, dense).text()],
     )  # fmt: skip
-    return {
-        "losses": losses,
-        "metrics": dict(scalars),
-        "gradients": gradient_shards(chunks),
-        "roles": {name: parameter.role for chunk in chunks for name, parameter in chunk.named_parameters()},
-    }
+    return dict(scalars)

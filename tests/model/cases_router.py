@@ -67,12 +67,13 @@ def one_group_against_stock(*, overrides: dict, recompute: bool) -> dict:
     """Differences (exact zeros expected) between the stock router and ours with one group, and their losses."""
     config = tiny_config(**overrides)
     upstream = torch.randn(48, 8, generator=torch.Generator().manual_seed(5))
+    dtype = config.params_dtype
     results = []
     for build in (stock_router, lambda config: make_router(config, groups={"all": 8})):
         get_moe_metrics_tracker().clear()
         get_moe_metrics_tracker().metrics.clear()
         router = build(config)
-        states, types = rows()
+        states, types = rows(dtype=dtype)
         # The stock z-loss has two formulas, equal but for rounding; with a mask, even an empty one, it is ours.
         mask = torch.zeros_like(types, dtype=torch.bool) if config.moe_z_loss_coeff else None
         torch.manual_seed(11)  # of the jitter
@@ -92,18 +93,27 @@ def one_group_against_stock(*, overrides: dict, recompute: bool) -> dict:
     }
 
 
-def padding_against_stock(*, recompute: bool) -> dict:
+def padding_against_stock(*, overrides: dict, recompute: bool) -> dict:
     """One group with padding rows against the stock router with a padding mask."""
-    config = tiny_config(moe_z_loss_coeff=1e-2)
+    config = tiny_config(moe_z_loss_coeff=1e-2, **overrides)
     upstream = torch.randn(48, 8, generator=torch.Generator().manual_seed(5))
     states, types = rows(types=(0, 1, 15))
     stock, ours = stock_router(config), make_router(config, groups={"all": 8})
-    probs, _ = run(stock, states, types == TokenType.PADDING, recompute=recompute)
-    expected, (expected_weight,) = _gradients(stock, states, probs, upstream)
+    get_moe_metrics_tracker().metrics.clear()
+    expected_probs, expected_map = run(stock, states, types == TokenType.PADDING, recompute=recompute)
+    expected, (expected_weight,) = _gradients(stock, states, expected_probs, upstream)
+    expected_losses = sorted(recorded().values())
     states.grad = None
-    probs, _ = run(ours, states, types, recompute=recompute)
+    get_moe_metrics_tracker().metrics.clear()
+    probs, routing_map = run(ours, states, types, recompute=recompute)
     actual, (actual_weight,) = _gradients(ours, states, probs, upstream)
-    return {"input": (expected, actual), "weight": (expected_weight, actual_weight)}
+    return {
+        "map": (expected_map.float(), routing_map.float()),
+        "probs": (expected_probs.detach(), probs.detach()),
+        "losses": (torch.tensor(expected_losses), torch.tensor(sorted(recorded().values()))),
+        "input": (expected, actual),
+        "weight": (expected_weight, actual_weight),
+    }
 
 
 def balance_against_formula(
@@ -162,8 +172,9 @@ def balance_against_formula(
     }
 
 
-def usage_counts(*, mode: str, grad: bool) -> np.ndarray:
-    """Counts of one forward pass, by type and logical expert, next to a recount from the routing map."""
+def usage_counts(*, mode: str, grad: bool, recompute: bool = False) -> np.ndarray:
+    """Counts of one forward pass (and backward, with ``recompute``), by type and logical expert, next to a recount
+    from the routing map."""
     from symbiotic.model.router import collect_usage
 
     config = tiny_config()
@@ -171,7 +182,9 @@ def usage_counts(*, mode: str, grad: bool) -> np.ndarray:
     router.usage_mode = mode
     states, types = rows(types=(0, 1, 2, 15))
     with torch.set_grad_enabled(grad):
-        _, routing_map = router(states, types)
+        probs, routing_map = run(router, states, types, recompute=recompute)
+    if recompute:
+        probs.sum().backward()
     recount = np.zeros((16, 8), dtype=np.int64)
     for row, token_type in zip(routing_map.numpy(), types.reshape(-1).tolist(), strict=True):
         for slot in np.flatnonzero(row):
@@ -189,19 +202,22 @@ def bias_against_stock(*, recompute: bool) -> dict:
     stock, ours = stock_router(config), make_router(config, groups={"all": 8})
     trail = []
     for seed in range(3):
-        states, types = rows(seed=seed)
-        stock_probs, stock_map = run(stock, states, None, recompute=recompute)
-        our_probs, our_map = run(ours, states, types, recompute=recompute)
-        (stock_probs.sum() + our_probs.sum()).backward()
+        results = []
+        for router in (stock, ours):
+            states, types = rows(seed=seed)
+            probs, routing_map = run(router, states, None if router is stock else types, recompute=recompute)
+            router.zero_grad()
+            torch.sum(probs * torch.linspace(-1, 1, 8)).backward()
+            results.append((probs, routing_map, states.grad, router.weight.grad.clone()))
+        trail.append(tuple(torch.equal(*pair) for pair in zip(*results, strict=True)))
         stock.expert_bias.copy_(get_updated_expert_bias(stock.local_tokens_per_expert, stock.expert_bias, 0.05))
         stock.local_tokens_per_expert.zero_()
         update_group_biases([ours])
-        trail.append((torch.equal(stock_probs, our_probs), torch.equal(stock_map, our_map)))
         trail.append((torch.equal(stock.expert_bias, ours.group_bias), bool(ours.group_bias.any())))
     return {"trail": trail, "stock_attribute": hasattr(ours, "expert_bias"), "saved": list(ours.state_dict())}
 
 
-def uniform_use(*, sizes: dict[str, int], norm: str) -> dict[str, float]:
+def uniform_use(*, sizes: dict[str, int], norm: str, recompute: bool) -> dict[str, float]:
     """Recorded balance losses when every expert of a group is used alike, and when one is preferred."""
     config = tiny_config(num_moe_experts=sum(sizes.values()), moe_aux_loss_coeff=0.01)
     router = make_router(config, groups=sizes, seed=3, balance_norm=norm)
@@ -220,7 +236,8 @@ def uniform_use(*, sizes: dict[str, int], norm: str) -> dict[str, float]:
             states.append(torch.nn.functional.pad(block, (0, config.hidden_size - count)))
             types += [token_type] * len(block)
         states = torch.cat(states).unsqueeze(1).requires_grad_()
-        router(states, torch.tensor(types, dtype=torch.int8).unsqueeze(1))
+        probs, _ = run(router, states, torch.tensor(types, dtype=torch.int8).unsqueeze(1), recompute=recompute)
+        probs.sum().backward()
         found[use] = recorded()
     return found
 

@@ -17,19 +17,22 @@ def factors(value: float) -> list[float]:
     return table
 
 
-def _layer(*, selective: bool, mode: str):
+def _layer(*, selective: bool, mode: str, gate: bool):
     overrides = {"recompute_granularity": "selective", "recompute_modules": ["shared_experts"]} if selective else {}
+    overrides["moe_shared_expert_gate"] = gate
     model = tiny_model(config=tiny_config(**overrides), plan=tiny_plan(shield={"shared_expert": mode}))
     model.train()
     return model, moe_layers(model)[0]
 
 
-def row_gradients(*, value: float, generation_only: bool, selective: bool = False, mode: str = "output") -> dict:
+def row_gradients(
+    *, value: float, generation_only: bool, selective: bool = False, mode: str = "output", gate: bool = False
+) -> dict:
     """Gradients that one batch of rows sends into a shared expert under a factor, and the unshielded ones in float64.
 
     The upstream gradient is non-zero on the generation rows only (``generation_only``) or on the others only.
     """
-    model, layer = _layer(selective=selective, mode=mode)
+    model, layer = _layer(selective=selective, mode=mode, gate=gate)
     set_shield_factors([model], factors(value))
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(10, 2, 32, generator=generator).requires_grad_()
@@ -39,17 +42,22 @@ def row_gradients(*, value: float, generation_only: bool, selective: bool = Fals
     upstream = upstream * rows.unsqueeze(-1)
     output = layer.shared_experts_compute(states, types)
     (output * upstream).sum().backward()
-    fc1, fc2 = layer.shared_experts.linear_fc1.weight, layer.shared_experts.linear_fc2.weight
+    shared = layer.shared_experts
+    weights = {"fc1": shared.linear_fc1.weight, "fc2": shared.linear_fc2.weight}
+    if gate:
+        weights["gate"] = shared.gate_weight
 
-    wide = [tensor.detach().double().requires_grad_() for tensor in (states, fc1, fc2)]
-    gate, up = (wide[0] @ wide[1].T).chunk(2, dim=-1)
-    expected = (torch.nn.functional.silu(gate) * up) @ wide[2].T
+    rows = states.detach().double().requires_grad_()
+    wide = {name: weight.detach().double().requires_grad_() for name, weight in weights.items()}
+    gated, up = (rows @ wide["fc1"].T).chunk(2, dim=-1)
+    expected = (torch.nn.functional.silu(gated) * up) @ wide["fc2"].T
+    if gate:
+        expected = expected * torch.sigmoid(rows @ wide["gate"].T)
     (expected * upstream.double()).sum().backward()
     return {
         "forward": (output.detach(), expected.detach().float()),
-        "input": (states.grad, wide[0].grad),
-        "fc1": (fc1.grad, wide[1].grad),
-        "fc2": (fc2.grad, wide[2].grad),
+        "input": (states.grad, rows.grad),
+        "weights": {name: (weight.grad, wide[name].grad) for name, weight in weights.items()},
     }
 
 
@@ -65,16 +73,18 @@ def forward_is_untouched(*, mode: str) -> bool:
     return torch.equal(*losses)
 
 
-def caption_leak() -> dict[str, float]:
-    """Norm of the generation loss's gradient into the shared experts, by what sends it.
+def caption_leak(*, mode: str, shielded: list[str]) -> dict[str, float]:
+    """Norm of the generation loss's gradient into the shared experts, with factor 0 for the types ``shielded``.
 
-    Under factor 0 no generation row sends anything, yet a later layer's generation rows attend to caption rows, whose
-    own shared-expert rows are not shielded: method.md section 4 says that the shield is token-based, not loss-based.
+    The loss is that of generation rows alone.
     """
     from tests.model.tiny import tiny_batch
 
-    model = tiny_model(config=tiny_config(moe_aux_loss_coeff=0.0), plan=tiny_plan())
-    set_shield_factors([model], factors(0.0))
+    model = tiny_model(config=tiny_config(moe_aux_loss_coeff=0.0), plan=tiny_plan(shield={"shared_expert": mode}))
+    table = [1.0] * NUM_TOKEN_TYPES
+    for name in shielded:
+        table[TokenType[name]] = 0.0
+    set_shield_factors([model], table)
     batch = tiny_batch(padding=False)
     generation = batch["token_types"] == TokenType.GENERATION_CODE
     (model(**batch) * generation).sum().backward()

@@ -7,7 +7,9 @@ import torch
 from symbiotic.errors import CheckpointError, ConfigError
 from symbiotic.model.expert_start import (
     NormalStart,
+    SharedExpert,
     check_starts,
+    copied_groups,
     cyclic_sources,
     grow_experts,
     start_groups,
@@ -82,6 +84,18 @@ def test_a_larger_group_copies_from_the_first_again():
     assert torch.equal(after[key][partition.experts_of(0, "generation")], expected)
 
 
+def test_copies_follow_the_order_of_use():
+    """The most used expert is copied first; a block without an order goes by number."""
+    partition = at_random(SIZES, [0, 2], seed=9)
+    starts, order = {"generation": "copy_from:understanding"}, {0: [4, 3, 2, 1, 0]}
+    after = dict(start_groups(joint(), partition=partition, starts=starts, normal=NORMAL, source="x", order=order))
+    for key, tensor in joint():
+        if is_expert_tensor(key):
+            models = experts_of(key, partition, "understanding")
+            models = models[::-1][:2] if ".1." in key else models[:2]
+            assert torch.equal(after[key][experts_of(key, partition, "generation")], tensor[models])
+
+
 def test_drawn_experts_follow_the_configured_distribution_and_the_seed_only():
     partition, first = started("random")
     _, second = started("random")
@@ -143,13 +157,50 @@ def test_growing_takes_the_named_experts():
     assert cyclic_sources(3, 8).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
 
 
+def test_further_groups_copy_in_order_and_the_first_keeps_its_experts():
+    assert copied_groups([2, 0, 1], [3, 2]).tolist() == [0, 1, 2, 2, 0]
+    assert copied_groups([2, 0, 1], [3, 1, 5]).tolist() == [0, 1, 2, 2, 2, 0, 1, 2, 0]
+    assert copied_groups([1, 0], [2]).tolist() == [0, 1]
+
+
+def test_what_a_dense_block_has_nothing_for():
+    """Upcycling: a router bias of zero; a shared expert that is drawn but for its last matrix."""
+    dense = {
+        "decoder.layers.3.mlp.linear_fc1.weight": torch.ones(8, 6),
+        "decoder.layers.3.mlp.linear_fc2.weight": torch.ones(6, 4),
+    }
+    shared = SharedExpert(5, gated=True, output_gate=True)
+    after = dict(
+        upcycle_dense(
+            dense.items(), blocks=[1], num_experts=3, normal=NORMAL, source="x", shared=shared, router_bias=True
+        )
+    )
+    mlp = "decoder.layers.3.mlp"
+    assert {key.removeprefix(f"{mlp}."): tuple(tensor.shape) for key, tensor in after.items()} == {
+        "router.weight": (3, 6),
+        "router.group_bias": (3,),
+        "shared_experts.linear_fc1.weight": (10, 6),
+        "shared_experts.linear_fc2.weight": (6, 5),
+        "shared_experts.gate_weight": (1, 6),
+        "experts.experts.linear_fc1.weight": (3, 8, 6),
+        "experts.experts.linear_fc2.weight": (3, 6, 4),
+    }
+    assert not after[f"{mlp}.router.group_bias"].any() and not after[f"{mlp}.shared_experts.linear_fc2.weight"].any()
+    assert after[f"{mlp}.shared_experts.linear_fc1.weight"].std() > 0
+
+
 @pytest.mark.parametrize("case", ["grown_into_a_second_group", "grown_inside_a_group"])
 def test_a_grown_model_computes_what_it_did(case):
+    """method.md 3, ``copy``: new experts are copies of old ones, so iteration 0 needs no training.
+
+    (Beyond method.md: copies inside one group, which need as many times the top-k.)
+    """
     ((before, after),) = run_ranks(f"{CASES}:{case}")
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_upcycled_from_a_dense_one_computes_what_it_did():
+    """method.md 3, ``copy`` (upcycling): under weights that sum to one the experts together are the dense MLP."""
     ((before, after),) = run_ranks(f"{CASES}:upcycled_from_dense", normalised=True)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     # The statement needs weights that sum to one.

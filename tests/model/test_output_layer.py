@@ -8,6 +8,7 @@ from tests.support.ranks import run_ranks
 
 @pytest.mark.parametrize(("tensor", "sequence_parallel"), [(1, False), (2, False), (2, True)])
 def test_two_parts_are_one_matrix(tensor, sequence_parallel):
+    """method.md section 4, differential rates: text and image rows are two parameters, which compute what one does."""
     results = run_ranks(
         "tests.model.cases_layers:two_part_logits",
         world_size=tensor,

@@ -1,4 +1,4 @@
-"""Attention, norms and MLPs that a group has for itself (method.md section 7), against a plain model with where()."""
+"""Attention, norms and MLPs that a group has for itself, against a plain model with where()."""
 
 import pytest
 import torch
@@ -18,10 +18,12 @@ QK_NORM = {"qk_layernorm": True}
         ({"norm": OWNER}, QK_NORM),
         ({"mlp": OWNER}, {}),
         ({"attention": OWNER, "norm": OWNER, "mlp": OWNER}, {**QK_NORM, "num_query_groups": 4}),
+        ({"attention": OWNER}, {"rotary_interleaved": True}),
     ],
-    ids=["attention", "norm", "norm-qk", "mlp", "all"],
+    ids=["attention", "norm", "norm-qk", "mlp", "all", "rotary-interleaved"],
 )
 def test_rows_of_the_group_pass_through_its_own_modules(own, config):
+    """method.md section 7, MoT: a type's own projections, norms and FFN, global attention."""
     (result,) = run_ranks(CASE, own=own, config=config, copied=False)
     ours, expected = result["gradients"]
     torch.testing.assert_close(*result["losses"], rtol=1e-4, atol=1e-5)
@@ -32,6 +34,7 @@ def test_rows_of_the_group_pass_through_its_own_modules(own, config):
 
 
 def test_copied_parts_give_the_model_without_them():
+    """method.md section 7, BAGEL and LMFusion: a copied branch starts as the branch that it copies."""
     own = {"attention": OWNER, "norm": OWNER, "mlp": OWNER}
     (result,) = run_ranks(CASE, own=own, config=QK_NORM, copied=True)
     torch.testing.assert_close(*result["losses"], rtol=1e-4, atol=1e-5)
@@ -45,6 +48,7 @@ def test_copied_parts_give_the_model_without_them():
 
 
 def test_names_beside_those_of_the_shared_modules():
+    """Names of own parts, which checkpoints and roles rely on."""
     own = {"attention": OWNER, "norm": OWNER, "mlp": OWNER}
     (result,) = run_ranks(CASE, own=own, config=QK_NORM, copied=True)
     attention = [

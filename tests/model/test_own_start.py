@@ -1,4 +1,4 @@
-"""Loading a checkpoint without the parts that a group has for itself (method.md section 7)."""
+"""Loading a checkpoint without the parts that a group has for itself."""
 
 import pytest
 import torch
@@ -44,6 +44,7 @@ def load(folder, *, own, starts, layout=None):
 
 
 def test_keys():
+    """Which checkpoint key an own part copies."""
     key = "decoder.layers.0.self_attention.own.drawing.linear_qkv.weight"
     assert owner_of(key) == "drawing"
     assert owner_of("decoder.layers.0.self_attention.linear_qkv.weight") is None
@@ -55,6 +56,7 @@ def test_keys():
 @pytest.mark.parametrize("layout", [None, {"tensor": 2}, {"pipeline": 2}], ids=["one", "TP2", "PP2"])
 @pytest.mark.parametrize("own", [WHOLE, {"mlp": ("drawing",)}], ids=["whole", "mlp"])
 def test_copies_start_as_the_shared_parts(without_own_parts, own, layout):
+    """method.md section 7, BAGEL: the generation branch is copied from the understanding branch, in any layout."""
     copied = 0
     for result in load(without_own_parts, own=own, starts={"drawing": "copy_from:text"}, layout=layout):
         for name, tensor in result["after"].items():
@@ -67,12 +69,14 @@ def test_copies_start_as_the_shared_parts(without_own_parts, own, layout):
 
 
 def test_random_parts_stay_as_they_were_drawn(without_own_parts):
+    """method.md section 7, MoT: own parts may start at random."""
     (result,) = load(without_own_parts, own=WHOLE, starts={"drawing": "random"})
     own = [name for name in result["after"] if ".own." in name]
     assert own and all(torch.equal(result["after"][name], result["before"][name]) for name in own)
 
 
 def test_a_start_must_be_chosen(without_own_parts):
+    """Nothing says how missing own parts start: refused on every rank."""
     with pytest.raises(RankFailed) as caught:
         load(without_own_parts, own=WHOLE, starts={}, layout={"pipeline": 2})
     assert set(caught.value.exceptions) == {0, 1}

@@ -1,4 +1,8 @@
-"""The group router: against the stock router, and against a masked joint router in float64 (method.md section 3)."""
+"""The group router: against the stock router, and against a masked joint router in float64.
+
+Every test runs with gradients, and with recompute on and off. Padding and bias are compared with the stock class one
+at a time, since it can't have both, and all at once with float64 formulas.
+"""
 
 import numpy as np
 import pytest
@@ -8,6 +12,8 @@ from tests.support.ranks import run_ranks
 
 CASES = "tests.model.cases_router"
 FLOAT64 = "tests.model.cases_router_float64"
+
+RECOMPUTE = pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recompute"])
 
 
 @pytest.mark.parametrize(
@@ -20,16 +26,19 @@ FLOAT64 = "tests.model.cases_router_float64"
         {"moe_router_load_balancing_type": "global_aux_loss"},
         {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0.01, 0.02]},
         {"moe_router_dtype": "fp64", "moe_router_topk": 1, "moe_router_pre_softmax": True},
+        {"moe_router_dtype": None},
+        {"bf16": True, "params_dtype": torch.bfloat16},
         {"moe_z_loss_coeff": 0.01},
         {"moe_input_jitter_eps": 0.1},
     ],
     ids=[
-        "post-softmax", "pre-softmax-scaled", "sigmoid", "seq-aux", "global-aux", "two-aux", "fp64-top1", "z-loss",
-        "jitter",
+        "post-softmax", "pre-softmax-scaled", "sigmoid", "seq-aux", "global-aux", "two-aux", "fp64-top1", "no-dtype",
+        "bf16", "z-loss", "jitter",
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recompute"])
+@RECOMPUTE
 def test_one_group_is_the_stock_router_bit_for_bit(overrides, recompute):
+    """method.md section 3: one group is the stock mixture of experts, choices, weights, losses and gradients."""
     (result,) = run_ranks(f"{CASES}:one_group_against_stock", overrides=overrides, recompute=recompute)
     assert result["probs"] and result["map"] and result["input_gradient"] and result["weight_gradient"]
     assert result["gradient_norm"] > 0
@@ -38,18 +47,42 @@ def test_one_group_is_the_stock_router_bit_for_bit(overrides, recompute):
     assert [name if name == "z_loss" else f"{name}.all" for name, _ in result["logged"]] == names
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recompute"])
-def test_one_group_with_padding_is_the_stock_router_with_its_mask(recompute):
-    (result,) = run_ranks(f"{CASES}:padding_against_stock", recompute=recompute)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"moe_router_score_function": "sigmoid"},
+        {"moe_router_pre_softmax": True},
+        {"moe_router_load_balancing_type": "global_aux_loss"},
+    ],
+    ids=["softmax", "sigmoid", "pre-softmax", "global-aux"],
+)
+@RECOMPUTE
+def test_one_group_with_padding_is_the_stock_router_with_its_mask(overrides, recompute):
+    """method.md sections 2 and 3: padding goes with text, chooses its experts, and counts in no loss.
+
+    seq_aux_loss is compared with a formula in test_balance.py: the stock class divides by the mean number of tokens
+    of a sequence, ours by each sequence's own.
+    """
+    (result,) = run_ranks(f"{CASES}:padding_against_stock", overrides=overrides, recompute=recompute)
+    assert torch.equal(*result["map"])
+    assert len(result["losses"][0]) == 2
     for expected, actual in result.values():
+        assert expected.any()
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
 
 
-def random_sizes(seed: int) -> tuple[dict[str, int], int]:
-    """(group sizes, top-k) of a random layer."""
+def random_layer(seed: int) -> dict:
+    """Groups of random sizes, a router for each, a top-k that fits them, and an expert-parallel size."""
     rng = np.random.default_rng(seed)
     topk = int(rng.integers(1, 4))
-    return {name: int(rng.integers(topk, 9)) for name in ("understanding", "generation")}, topk
+    names = ["understanding", "generation"] if seed % 3 else ["text", "understanding", "generation"]
+    types = [["text"], ["understanding_code"], ["generation_code"]]
+    types = types if len(names) == 3 else [types[0] + types[1], types[2]]
+    sizes = {name: int(rng.integers(topk, 9)) for name in names}
+    routers = {name: (served, name) for name, served in zip(names, types, strict=True)}
+    ep_size = 2 if sum(sizes.values()) % 2 == 0 else 1
+    return {"sizes": sizes, "routers": routers, "topk": topk, "ep_size": ep_size, "seed": seed}
 
 
 def assert_is_the_joint_router(result):
@@ -67,34 +100,44 @@ def assert_is_the_joint_router(result):
     torch.testing.assert_close(result["input"][0].double(), result["input"][1], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recompute"])
+@RECOMPUTE
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"moe_router_pre_softmax": True}, {"moe_router_score_function": "sigmoid"}],
-    ids=["post", "pre", "sigmoid"],
+    [
+        {},
+        {"moe_router_pre_softmax": True},
+        {"moe_router_score_function": "sigmoid"},
+        {"moe_router_dtype": "fp64"},
+    ],
+    ids=["post", "pre", "sigmoid", "fp64"],
 )
 def test_sliced_routers_are_the_masked_joint_router(seed, overrides, recompute):
-    sizes, topk = random_sizes(seed)
-    if topk == 1 and not overrides:
-        overrides = {"moe_router_pre_softmax": True}
+    """method.md section 3: the sliced routers choose and weigh as the joint router does with the other groups masked.
+
+    Two or three groups of random sizes, with padding, every auxiliary loss, and a bias where the scores allow one.
+    """
+    layer = random_layer(seed)
+    sigmoid = "moe_router_score_function" in overrides
+    if layer["topk"] == 1 and not sigmoid:
+        overrides = {**overrides, "moe_router_pre_softmax": True}
     (result,) = run_ranks(
         f"{FLOAT64}:everything_at_once",
-        sizes=sizes,
-        seed=seed,
-        topk=topk,
+        **layer,
         overrides=overrides,
-        ep_size=2 if sum(sizes.values()) % 2 == 0 else 1,
         recompute=recompute,
+        bias=sigmoid,
+        orthogonality=0.1,
     )
-    assert (result["map"][0].sum(dim=1) == topk).all()
+    assert (result["map"][0].sum(dim=1) == layer["topk"]).all()
     assert_is_the_joint_router(result)
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recompute"])
+@RECOMPUTE
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_everything_at_once(ep_size, recompute):
-    """Padding, bias, balance, z-loss and orthogonality loss, two groups; then the bias moves inside each group."""
+    """method.md sections 3 and 4: padding, bias, balance, z-loss and orthogonality loss in two groups, then the bias
+    moves by the loads inside each group."""
     (result,) = run_ranks(
         f"{FLOAT64}:everything_at_once",
         sizes={"understanding": 5, "generation": 3},
@@ -112,7 +155,7 @@ def test_everything_at_once(ep_size, recompute):
     assert {"router_orthogonality.understanding", "router_orthogonality.generation"} <= result["losses"][0].keys()
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recompute"])
+@RECOMPUTE
 @pytest.mark.parametrize(
     ("sizes", "routers"),
     [
@@ -145,6 +188,7 @@ def test_everything_at_once(ep_size, recompute):
 )
 @pytest.mark.parametrize("ep_size", [1, 2])
 def test_routers_and_groups_are_independent_axes(sizes, routers, ep_size, recompute):
+    """method.md section 7: one router a type over a common pool (Ming), two over one group, three groups (Rosetta)."""
     (result,) = run_ranks(
         f"{FLOAT64}:everything_at_once",
         sizes=sizes,
@@ -161,28 +205,39 @@ def test_routers_and_groups_are_independent_axes(sizes, routers, ep_size, recomp
 
 
 def test_routers_over_one_pool_start_with_weights_of_their_own():
+    """method.md section 7: routers over a common pool are several routers."""
     assert run_ranks(f"{CASES}:later_routers_start_elsewhere") == [True]
 
 
 def test_jitter_is_recomputed_as_it_was_and_stays_out_of_evaluation():
+    """megatron-core's jitter of the router's input, which is noise for training."""
     (result,) = run_ranks(f"{CASES}:jitter")
     assert result == {"recomputed": True, "drawn again": True, "evaluation": True}
 
 
 @pytest.mark.parametrize(
-    ("mode", "grad"), [("training", True), ("training", False), ("evaluation", False), ("off", True)]
+    ("mode", "grad", "recompute"),
+    [
+        ("training", True, False),
+        ("training", True, True),
+        ("training", False, False),
+        ("evaluation", False, False),
+        ("off", True, True),
+    ],
 )
-def test_usage_is_counted_once_by_type_and_logical_expert(mode, grad):
-    ((counts, recount),) = run_ranks(f"{CASES}:usage_counts", mode=mode, grad=grad)
+def test_usage_is_counted_once_by_type_and_logical_expert(mode, grad, recompute):
+    """method.md sections 3 and 6: how often each expert is among the top-k, by token type, under logical ids."""
+    ((counts, recount),) = run_ranks(f"{CASES}:usage_counts", mode=mode, grad=grad, recompute=recompute)
     counted = mode == "evaluation" or (mode == "training" and grad)
     np.testing.assert_array_equal(counts, recount if counted else 0 * recount)
     assert recount.sum() == 48 * 2
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recompute"])
+@RECOMPUTE
 def test_bias_of_one_group_is_the_stock_bias_bit_for_bit(recompute):
+    """method.md section 3: one group is the stock mixture of experts, the bias that balances without a loss too."""
     (result,) = run_ranks(f"{CASES}:bias_against_stock", recompute=recompute)
-    assert all(first and second for first, second in result["trail"])
+    assert len(result["trail"]) == 6 and all(all(equal) for equal in result["trail"])
     # finalize_model_grads updates every module with this attribute over all experts: ours must not have it.
     assert not result["stock_attribute"]
     assert "group_bias" in result["saved"]

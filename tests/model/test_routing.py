@@ -14,6 +14,8 @@ ROUTERS = {
 
 
 def test_types_go_to_their_group_and_the_rest_with_text():
+    """method.md section 2: generation-image tokens to their group; text, understanding and everything else to the
+    other."""
     table = RoutingTable.build(GROUPS, ROUTERS)
     groups = {TokenType(value): GROUPS[table.group_of_type[value]] for value in [*range(6), 15]}
     assert groups == {
@@ -28,6 +30,7 @@ def test_types_go_to_their_group_and_the_rest_with_text():
 
 
 def test_routers_may_share_a_pool():
+    """method.md section 7: routers and groups are independent axes."""
     table = RoutingTable.build(["all"], {"a": (["text"], "all"), "b": (["generation_code"], "all")})
     assert table.shares_groups and table.group_of_router == (0, 0)
     assert not RoutingTable.build(GROUPS, ROUTERS).shares_groups
@@ -47,5 +50,6 @@ def test_routers_may_share_a_pool():
     ],
 )
 def test_mistakes_are_named(routers, message):
+    """A table that leaves a type or a group out ends in one sentence."""
     with pytest.raises(ConfigError, match=message):
         RoutingTable.build(GROUPS, routers)

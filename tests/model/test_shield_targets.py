@@ -1,4 +1,4 @@
-"""What else the shield may protect: attention, norms, embedding (method.md section 4), against detached rows."""
+"""What else the shield may protect: attention, norms, embedding, against detached rows."""
 
 import shutil
 
@@ -52,6 +52,8 @@ def factors(**by_type: float) -> list[float]:
 @pytest.mark.parametrize("values", [(0.0, 1.0), (0.1, 0.6)], ids=["zero", "two-types"])
 @pytest.mark.parametrize("name", [case(name) for name in CASES])
 def test_a_target_gets_the_scaled_share(name, values):
+    """method.md section 4: a factor by token type. Attention's output rows are scaled; of norms, the embedding and the
+    shared expert in mode ``weights`` the rows' share of the weight gradient is, and their input gradient isn't."""
     target, config, names = CASES[name]
     (result,) = run_ranks(
         "tests.model.cases_reference:shield_against_detach",
@@ -71,6 +73,7 @@ def test_a_target_gets_the_scaled_share(name, values):
 
 
 def test_weights_mode_leaves_everything_else_alone():
+    """method.md section 4: in mode ``weights`` nothing but the protected weights notices the shield."""
     (result,) = run_ranks(
         "tests.model.cases_reference:shield_against_detach",
         protected="norm",

@@ -24,6 +24,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_types_reach_every_router(layout):
+    """method.md section 2: each token chooses its top-k inside its own type's group, isolation asserted by token."""
     world, groups, recompute, virtual = LAYOUTS[layout]
     results = run_ranks(
         "tests.model.cases_types:routed_types",

@@ -4,8 +4,11 @@ Keep ``old`` as short as is unique, so that entries survive edits nearby; ``why`
 passed though ...".
 """
 
+from tests.mutations.exchange import EXCHANGE
+from tests.mutations.measures import MEASURES
 from tests.mutations.mechanisms import MECHANISMS
 from tests.mutations.mutation import Mutation
+from tests.mutations.staging import STAGING
 
 MODEL = [
     Mutation(
@@ -246,4 +249,4 @@ EDGES = [
     ),
 ]
 
-MUTATIONS = [*MODEL, *MECHANISMS, *DATA, *TRAINING, *EDGES]
+MUTATIONS = [*MODEL, *MECHANISMS, *MEASURES, *STAGING, *EXCHANGE, *DATA, *TRAINING, *EDGES]

@@ -8,6 +8,7 @@ be picklable. A failure of any rank is raised here with that rank's traceback.
 """
 
 import atexit
+import ctypes
 import dataclasses
 import gc
 import importlib
@@ -15,6 +16,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import time
 import traceback
@@ -197,6 +199,7 @@ def _serve(connection: Connection) -> None:
     """A worker: take jobs until the other side closes."""
     from symbiotic.distributed.cpu_device import enter_cpu_device
 
+    _end_with_the_parent()
     enter_cpu_device()
     gc.freeze()  # what was imported stays; each call's collection below then looks at that call's objects only
     while True:
@@ -210,6 +213,15 @@ def _serve(connection: Connection) -> None:
         except Exception as error:  # whatever pickling may raise is the answer then
             data = _packed(_Answer(error=f"the answer can't be pickled: {error!r}\n{answer.error or ''}"))
         connection.send_bytes(data)
+
+
+def _end_with_the_parent() -> None:
+    """Have the kernel kill this worker when pytest is gone: waiting for a peer, it would burn a core till its timeout.
+
+    The parent is the fork server, which ends with pytest.
+    """
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _run(job: _Job) -> _Answer:

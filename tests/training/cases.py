@@ -120,14 +120,6 @@ def _states(optimizer, *, role: str):
                 yield from (part.optimizer.state[parameter] for parameter in group["params"])
 
 
-def role_counts(file: str, overrides: list[str]) -> dict[str, int]:
-    """Parameters of the whole model by role."""
-    from symbiotic.training.optimizer import count_by_role
-
-    with trainer_of(file, overrides) as trainer:
-        return count_by_role(trainer.chunks)
-
-
 def group_identifiers(file: str, overrides: list[str]) -> list[tuple[Any, ...]]:
     """What megatron-core knows each parameter group by, and its role."""
     from megatron.core.optimizer.optimizer import param_group_identifier_keys

@@ -1,4 +1,4 @@
-"""Callbacks that a process without Megatron can run."""
+"""Callbacks: most in a process without Megatron, the ``routing`` event in a run."""
 
 import json
 import math
@@ -14,6 +14,8 @@ from symbiotic.training.callbacks.jsonl import JsonLines
 from symbiotic.training.callbacks.scalars import TensorBoard, WeightsAndBiases, scalars_of
 from symbiotic.training.callbacks.signals import StopOnSignal
 from symbiotic.training.stages import Stage, StageTable
+from tests.support.ranks import run_ranks
+from tests.training.tiny import tiny_file
 
 STEP = {
     "event": "step",
@@ -32,6 +34,44 @@ STEP = {
     "data_seconds": 0.01,
 }
 EVALUATION = {"event": "evaluation", "step": 40, "loss": {"prose": {"text": 2.0}, "digits": {"generation": 3.0}}}
+ROUTING = {
+    "event": "routing",
+    "step": 40,
+    "stage": "release",
+    "blocks": [1, 3],
+    "types": {
+        "text": {
+            "load": [[6, 2], [4, 4]],
+            "entropy": [0.5, 0.7],
+            "dead_experts": [1, 2],
+            "capacity_rate": [0.75, 1.0],
+            "load_imbalance": [1.5, 1.0],
+        },
+        "all": {
+            "load": [[6, 2], [4, 4]],
+            "entropy": [0.5, 0.7],
+            "dead_experts": [1, 0],
+            "capacity_rate": [0.75, 1.0],
+            "load_imbalance": [1.5, 1.0],
+        },
+    },
+}
+DRIFT = {
+    "event": "drift",
+    "step": 40,
+    "reference_step": 0,
+    "blocks": [1, 3],
+    "kl": {"text": [0.1, 0.3], "generation_code": [None, None]},
+}
+GRADIENTS = {
+    "event": "gradients",
+    "step": 40,
+    "blocks": [1, 3],
+    "by_class": {"norm": {"text": [1.0, 3.0]}, "cosine": {"understanding/generation": [-0.5, None]}},
+    "by_row": {"norm": {"generation_code": [2.0, 4.0]}, "cosine": {}},
+}
+NUMBERS = {"text": 0, "understanding_code": 1, "generation_code": 2}
+PROBE = {"event": "probe", "step": 40, "loss": {"shared_only": {"digits": {"text": 3.0}}, "whole": {"digits": {}}}}
 
 
 @pytest.fixture
@@ -87,6 +127,11 @@ def test_a_step_on_one_line():
         ({"event": "stage", "step": 20, "stage": "release", "first_step": 20}, "step 20 stage 'release' begins"),
         ({"event": "checkpoint", "step": 5, "path": "run/step-5", "seconds": 0.5}, "saved to run/step-5"),
         ({"event": "resume", "step": 5, "path": "run/step-5"}, "step 5 resume (path: run/step-5)"),
+        (ROUTING, "step 40 routing: capacity rate text 0.875 all 0.875 | dead experts 1"),
+        (ROUTING | {"types": {}}, "step 40 routing: capacity rate no tokens | dead experts 0"),
+        (DRIFT, "step 40 drift: KL text 0.2 generation_code -"),
+        (GRADIENTS, "step 40 gradients into shared experts: cosine understanding/generation -0.5"),
+        (PROBE, "step 40 probe: shared_only (digits: text 3.0000) whole (digits: no labels)"),
     ],
 )
 def test_other_events_on_one_line(event, words):
@@ -131,18 +176,86 @@ def test_curves_of_events():
     assert not dict(scalars_of({"event": "stage", "step": 0, "stage": "x"}))
 
 
+def test_curves_of_measurements_by_block_and_their_mean():
+    """Numbers by their place in the event; no curve of the load of every expert, of a block's name, or of null."""
+    assert dict(scalars_of(ROUTING | {"types": {"text": ROUTING["types"]["text"]}})) == {
+        "routing/types/text/entropy/mean": pytest.approx(0.6),
+        "routing/types/text/entropy/block_1": 0.5,
+        "routing/types/text/entropy/block_3": 0.7,
+        "routing/types/text/dead_experts/mean": 1.5,
+        "routing/types/text/dead_experts/block_1": 1,
+        "routing/types/text/dead_experts/block_3": 2,
+        "routing/types/text/capacity_rate/mean": 0.875,
+        "routing/types/text/capacity_rate/block_1": 0.75,
+        "routing/types/text/capacity_rate/block_3": 1.0,
+        "routing/types/text/load_imbalance/mean": 1.25,
+        "routing/types/text/load_imbalance/block_1": 1.5,
+        "routing/types/text/load_imbalance/block_3": 1.0,
+    }
+    assert dict(scalars_of(DRIFT)) == {
+        "drift/kl/text/mean": pytest.approx(0.2),
+        "drift/kl/text/block_1": 0.1,
+        "drift/kl/text/block_3": 0.3,
+    }
+    gradients = dict(scalars_of(GRADIENTS))
+    assert gradients["gradients/by_class/norm/text/mean"] == 2.0
+    assert gradients["gradients/by_row/norm/generation_code/block_3"] == 4.0
+    assert gradients["gradients/by_class/cosine/understanding/generation/mean"] == -0.5
+    assert "gradients/by_class/cosine/understanding/generation/block_3" not in gradients
+    assert dict(scalars_of(PROBE)) == {"probe/loss/shared_only/digits/text": 3.0}
+    assert not dict(scalars_of({"event": "checkpoint", "step": 5, "path": "x", "seconds": 0.5}))
+
+
+def test_routing_is_logged_every_interval_and_at_the_end(corpus, tmp_path):
+    """method.md section 6: load by block and type over the logged step's global batch, padding left out; the
+    evaluation after step 4 isn't in it."""
+    file = str(
+        tiny_file(corpus, tmp_path / "run", routing_metrics={"interval": 3}, training={"evaluation_interval": 1})
+    )
+    ((_, log),) = run_ranks("tests.training.cases:train_run", layout=None, file=file)
+    events = [event for event in log if event["event"] == "routing"]
+    assert [(event["step"], event["stage"]) for event in events] == [(3, "warm-up"), (6, "release"), (8, "release")]
+    (microbatches,) = run_ranks("tests.training.cases:loaded_batches", file=file, overrides=[], step=5)
+    types = [kind for batch in microbatches for row in batch["token_types"][0] for kind in row]
+    tokens = {name: types.count(kind) for name, kind in NUMBERS.items() if types.count(kind)}
+    assert len(tokens) > 1 and types.count(15) > 0
+    event = events[1]
+    assert event["blocks"] == [0, 1]
+    for name, count in {**tokens, "all": sum(tokens.values())}.items():
+        metrics = event["types"][name]
+        assert [sum(load) for load in metrics["load"]] == [2 * count, 2 * count]
+        assert all(0 < entropy < math.log(6) for entropy in metrics["entropy"])
+        assert all(0 < rate <= 1 for rate in metrics["capacity_rate"])
+    assert set(event["types"]) == {*tokens, "all"}
+
+
+def test_routers_record_only_in_steps_that_are_logged(corpus, tmp_path):
+    file = str(tiny_file(corpus, tmp_path / "run", routing_metrics={"interval": 3}))
+    (recording,) = run_ranks("tests.training.cases_callbacks:recording_by_step", file=file)
+    assert recording == [{step in (3, 6, 8)} for step in range(1, 9)]
+
+
+def test_routing_follows_the_interval_of_the_log(corpus, tmp_path):
+    file = str(tiny_file(corpus, tmp_path / "run", logging={"interval": 4}, training={"steps": 5}))
+    ((_, log),) = run_ranks("tests.training.cases:train_run", layout=None, file=file)
+    assert [event["step"] for event in log if event["event"] == "routing"] == [4, 5]
+
+
 def test_tensorboard_reads_back_what_was_logged(tmp_path, trainer):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     board = TensorBoard(tmp_path)
     board.on_start(trainer)
     board.on_event(trainer, STEP)
+    board.on_event(trainer, ROUTING)
     board.on_event(trainer, {"event": "stage", "step": 20, "stage": "release", "first_step": 20})
     board.close()
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     (point,) = events.Scalars("loss/text")
     assert (point.step, point.value) == (40, 2.5)
+    (point,) = events.Scalars("routing/types/text/dead_experts/block_3")
+    assert (point.step, point.value) == (40, 2.0)
     assert events.Tags()["tensors"] == ["stage/text_summary"]
 
 

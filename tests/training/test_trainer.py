@@ -229,5 +229,6 @@ def test_the_run_folder_tells_what_ran(corpus, tmp_path):
     assert ExpertPartition.load(folder / "partition.json").experts_of(0, "generation") == [6, 7]
     assert list((folder / "tensorboard").glob("events*"))
     events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events] == ["stage", "step", "step", "evaluation", "checkpoint"]
+    kinds = ["stage", "step", "routing", "step", "routing", "evaluation", "checkpoint"]
+    assert [event["event"] for event in events] == kinds
     assert os.path.realpath(events[-1]["path"]) == os.path.realpath(folder / "checkpoints/step-2")

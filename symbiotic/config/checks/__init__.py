@@ -47,11 +47,14 @@ CHECKS: tuple[Check, ...] = (
     training.check_source_names,
     training.check_mixtures,
     training.check_shield_types,
+    training.check_shield_ramps,
     training.check_loss_classes,
     training.check_rates,
     training.check_stage_roles,
+    training.check_projection,
     training.check_schedule,
     training.check_evaluation,
+    training.check_diagnostics,
     training.check_retention,
 )
 

@@ -278,11 +278,6 @@ def check_own_parts(config: Config) -> None:
             ("groups", name, "own"),
             "names mlp, but the model has no dense block; remove it: experts are the group's own",
         )
-    if (owners(config, "attention") or owners(config, "mlp")) and config.transformer.get("tp_comm_overlap"):
-        raise config.origin.error(
-            (TRANSFORMER, "tp_comm_overlap"),
-            "= true needs as many rows in every step, and own attention or MLPs see their group's rows; leave it out",
-        )
     for name, group in config.groups.items():
         _check_own_start(config, name, group)
     tensor = value_of(config, "tensor_model_parallel_size")

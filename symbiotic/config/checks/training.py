@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from symbiotic.config.layout import check_world_size, parallel_layout
+from symbiotic.config.megatron_fields import OPTIMIZER, value_of
 from symbiotic.config.messages import KeyPath, did_you_mean
 from symbiotic.config.roles import roles_of
 from symbiotic.config.routing_defaults import type_names
-from symbiotic.config.schema import Config
+from symbiotic.config.schema import Config, ShieldRamp
 from symbiotic.tokens.types import LossClass
 
 
@@ -70,6 +71,31 @@ def check_shield_types(config: Config) -> None:
             if name not in type_names():
                 remedy = did_you_mean(name, type_names(), what="token type")
                 raise config.origin.error(("stages", str(index), "shield", name), f"is not a token type: {remedy}")
+
+
+def check_shield_ramps(config: Config) -> None:
+    """A ramp fits into its stage and has a first and a last step."""
+    for index, stage in enumerate(config.stages):
+        for name, value in stage.shield.items():
+            if not isinstance(value, ShieldRamp):
+                continue
+            path = ("stages", str(index), "shield", name)
+            if value.steps is not None and value.steps > stage.steps:
+                raise config.origin.error(
+                    (*path, "steps"), f"= {value.steps} is longer than the stage of {stage.steps} steps; lower it"
+                )
+            if stage.steps < 2:
+                raise config.origin.error(path, "is a ramp in a stage of one step; give it one number")
+
+
+def check_projection(config: Config) -> None:
+    """maop.roles match roles, and the optimizer keeps gradients and first moments where the projection finds them."""
+    _check_role_keys(config, config.maop.roles, path=("maop", "roles"))
+    if config.maop.roles and config.optimizer.get("use_precision_aware_optimizer"):
+        raise config.origin.error(
+            (OPTIMIZER, "use_precision_aware_optimizer"),
+            "= true keeps the gradients where maop.roles doesn't find them; set it to false, or maop.roles to []",
+        )
 
 
 def check_loss_classes(config: Config) -> None:
@@ -135,6 +161,24 @@ def check_evaluation(config: Config) -> None:
     if config.training.evaluation_interval is not None and not config.data.validation:
         raise config.origin.error(
             "training.evaluation_interval", "is given, but data.validation names no source; name one or set it to null"
+        )
+
+
+def check_diagnostics(config: Config) -> None:
+    """Drift and probes have held-out data, and weight gradients can be told apart by row."""
+    settings = config.diagnostics
+    if settings.interval is None:
+        return
+    for name in ("drift", "probes"):
+        if getattr(settings, name) and not config.data.validation:
+            raise config.origin.error(
+                f"diagnostics.{name}", "= true needs held-out data; set it to false or name some in data.validation"
+            )
+    if settings.gradients and value_of(config, "gradient_accumulation_fusion"):
+        raise config.origin.error(
+            "diagnostics.gradients",
+            "= true can't tell rows apart in fused weight gradients; set it to false or remove "
+            "TransformerConfig.gradient_accumulation_fusion",
         )
 
 

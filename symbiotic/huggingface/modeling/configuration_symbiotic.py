@@ -27,6 +27,7 @@ class SymbioticConfig(PreTrainedConfig):
         shared_expert_intermediate_size: width of the shared expert, 0 for none.
         shared_expert_gate: whether the shared expert's output is weighted by a learned sigmoid gate.
         router_score_function: ``softmax``, ``sigmoid`` or ``sqrtsoftplus``.
+        router_bias: whether a bias for each expert is added to the scores that the choice goes by (sigmoid only).
         router_pre_softmax: softmax over all experts of the group before top-k (else over the chosen ones).
         routed_scaling_factor: factor on the routed experts' weights.
         router_dtype: dtype of the router's logits; None is the hidden states' dtype.
@@ -68,6 +69,7 @@ class SymbioticConfig(PreTrainedConfig):
     shared_expert_gate: bool = False
     router_score_function: str = "softmax"
     router_pre_softmax: bool = False
+    router_bias: bool = False
     routed_scaling_factor: float | None = None
     router_dtype: str | None = "float32"
     token_types: dict | None = None
@@ -101,6 +103,8 @@ class SymbioticConfig(PreTrainedConfig):
         """Refuse tables that don't fit together (ValueError naming the entry)."""
         if self.router_score_function not in SCORE_FUNCTIONS:
             raise ValueError(f"router_score_function={self.router_score_function!r} is not one of {SCORE_FUNCTIONS}")
+        if self.router_bias and self.router_score_function != "sigmoid":
+            raise ValueError(f"router_bias needs sigmoid scores, not {self.router_score_function!r}")
         if self.router_dtype not in ROUTER_DTYPES:
             raise ValueError(f"router_dtype={self.router_dtype!r} is not one of {ROUTER_DTYPES}")
         if len(self.router_of_token_type) != NUM_TOKEN_TYPES:

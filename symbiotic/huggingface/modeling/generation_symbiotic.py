@@ -5,7 +5,7 @@ This file travels inside an exported folder; it needs torch and transformers and
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor
+from transformers import Cache, LogitsProcessor, PreTrainedModel
 
 from .configuration_symbiotic import SymbioticConfig
 
@@ -90,4 +90,80 @@ class ImageSpanLogitsProcessor(LogitsProcessor):
         return scores.masked_fill(self.forbidden[self.expected(input_ids)], float("-inf"))
 
 
-__all__ = ["ImageSpanLogitsProcessor", "ImageVocabulary"]
+class ImageGuidanceLogitsProcessor(LogitsProcessor):
+    """Classifier-free guidance inside images to generate: scores = free + scale * (scores - free).
+
+    ``free`` are the scores of the same image without what stands before it: from its begin token on, behind a
+    negative prompt if one is given. They come from a second pass with a cache of its own. Outside an image to
+    generate the scores pass unchanged.
+
+    Args:
+        model: the causal language model.
+        scale: 1 changes nothing; larger follows the prompt more closely.
+        negative_prompt_ids: [n] or [1, n] ids before every image in the second pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, scale: float, negative_prompt_ids: Tensor | None = None) -> None:
+        self.model = model
+        self.scale = scale
+        self.images = ImageVocabulary(model.config.image_vocabulary)
+        prompt = torch.empty(0, dtype=torch.long) if negative_prompt_ids is None else negative_prompt_ids
+        self.negative_prompt_ids = prompt.reshape(-1).to(model.device)
+        self._starts: Tensor | None = None
+        self._rows: Tensor | None = None
+        self._mask: Tensor | None = None
+        self._cache: Cache | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Guided scores [b, V] of the token after ``input_ids`` [b, s]."""
+        where, control = (values[:, -1] for values in self.images.last_control(input_ids))
+        drawing = control == self.images.begin_generation
+        if not drawing.any():
+            return scores
+        free = self._free_scores(input_ids, torch.where(drawing, where, -1)).to(scores.dtype)
+        guided = free + self.scale * (scores - free)
+        # Ids that can't be drawn are -inf in both, and their difference is no number.
+        guided = torch.where(scores.isneginf() | free.isneginf(), float("-inf"), guided)
+        return torch.where(drawing.unsqueeze(1), guided, scores)
+
+    def _free_scores(self, input_ids: Tensor, starts: Tensor) -> Tensor:
+        """Scores [b, V] after each row's image, which began at ``starts`` [b]; -1 where there is none."""
+        goes_on = self._starts is not None and torch.equal(self._starts, starts)
+        if goes_on and self._rows.shape[1] + 1 == self._length(input_ids, starts):
+            self._rows = torch.cat((self._rows, input_ids[:, -1:]), dim=1)
+            self._mask = torch.cat((self._mask, torch.ones_like(input_ids[:, -1:])), dim=1)
+            new = 1
+        else:
+            self._begin(input_ids, starts)
+            new = self._rows.shape[1]
+        types = self.model.complete_token_types(self._rows, None)
+        output = self.model(
+            input_ids=self._rows[:, -new:],
+            attention_mask=self._mask,
+            token_type_ids=types[:, -new:],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self._cache = output.past_key_values
+        return output.logits[:, -1]
+
+    def _length(self, input_ids: Tensor, starts: Tensor) -> int:
+        """Tokens of the longest row of the second pass."""
+        return len(self.negative_prompt_ids) + input_ids.shape[1] - int(starts[starts >= 0].min())
+
+    def _begin(self, input_ids: Tensor, starts: Tensor) -> None:
+        """Rows for the second pass from nothing, padded on the left; a row without an image is its last token."""
+        length = self._length(input_ids, starts)
+        self._starts, self._cache = starts, None
+        self._rows = input_ids.new_zeros(len(input_ids), length)
+        self._mask = torch.zeros_like(self._rows)
+        for row, start in enumerate(starts.tolist()):
+            ids = input_ids[row, -1:] if start < 0 else torch.cat((self.negative_prompt_ids, input_ids[row, start:]))
+            if start < 0 and self.images.is_code(ids).any():
+                ids = ids * 0  # of an image to understand; what follows it is not used
+            self._rows[row, -len(ids) :] = ids
+            self._mask[row, -len(ids) :] = 1
+
+
+__all__ = ["ImageGuidanceLogitsProcessor", "ImageSpanLogitsProcessor", "ImageVocabulary"]

@@ -28,7 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 
 from .configuration_symbiotic import SymbioticConfig
-from .generation_symbiotic import ImageSpanLogitsProcessor, ImageVocabulary
+from .generation_symbiotic import ImageGuidanceLogitsProcessor, ImageSpanLogitsProcessor, ImageVocabulary
 
 
 class SymbioticRMSNorm(nn.Module):
@@ -198,6 +198,9 @@ class SymbioticRouter(nn.ModuleDict):
         self.pre_softmax = config.router_pre_softmax
         self.scaling = config.routed_scaling_factor
         self.dtype = getattr(torch, config.router_dtype) if config.router_dtype else None
+        self.expert_bias: Tensor | None
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.router_bias else None
+        self.register_buffer("expert_bias", bias)
         self._experts = list(experts.values())
         columns = sum(len(members) for members in self._experts)
         self.register_buffer("expert_of_column", torch.empty(columns, dtype=torch.long), persistent=False)
@@ -218,6 +221,14 @@ class SymbioticRouter(nn.ModuleDict):
         logits_NC = nn.functional.linear(rows.to(dtype), weight.to(dtype))
         return logits_NC.masked_fill(router_ids.unsqueeze(1) != self.router_of_column, float("-inf"))
 
+    def ranking(self, logits_NC: Tensor) -> Tensor:
+        """What the choice of experts goes by, [N, C]: logits, or scores with the bias; -inf stays -inf."""
+        if self.expert_bias is None:
+            # All score functions grow with the logit: top-k on logits can't be misled by scores that underflow.
+            return logits_NC
+        ranking_NC = torch.sigmoid(logits_NC.float()) + self.expert_bias[self.expert_of_column]
+        return ranking_NC.masked_fill(logits_NC.isneginf(), float("-inf"))
+
     def forward(self, rows: Tensor, router_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Choose experts.
 
@@ -237,9 +248,8 @@ class SymbioticRouter(nn.ModuleDict):
                 chosen_NK, columns_NK = torch.topk(logits_NC, self.top_k, dim=-1)
                 weights_NK = torch.softmax(chosen_NK, dim=-1, dtype=torch.float32)
         else:
-            # Both functions grow with the logit: top-k on logits can't be misled by scores that underflow.
-            chosen_NK, columns_NK = torch.topk(logits_NC, self.top_k, dim=-1)
-            weights_NK = chosen_NK.float()
+            columns_NK = torch.topk(self.ranking(logits_NC), self.top_k, dim=-1).indices
+            weights_NK = logits_NC.gather(1, columns_NK).float()
             sigmoid = self.score_function == "sigmoid"
             weights_NK = torch.sigmoid(weights_NK) if sigmoid else nn.functional.softplus(weights_NK).sqrt()
             if self.top_k > 1:
@@ -323,6 +333,7 @@ class SymbioticPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules: ClassVar[list[str]] = ["SymbioticDecoderLayer"]
     _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["expert_bias"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -333,6 +344,8 @@ class SymbioticPreTrainedModel(PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SymbioticGate):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+        if isinstance(module, SymbioticRouter) and module.expert_bias is not None:
+            init.zeros_(module.expert_bias)
         if hasattr(module, "reset_tables"):
             module.reset_tables()
 
@@ -546,10 +559,26 @@ class SymbioticForCausalLM(SymbioticPreTrainedModel, GenerationMixin):
         return model_kwargs
 
     def generate(
-        self, inputs: Tensor | None = None, *args, logits_processor: list[LogitsProcessor] | None = None, **kwargs
+        self,
+        inputs: Tensor | None = None,
+        *args,
+        logits_processor: list[LogitsProcessor] | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt_ids: Tensor | None = None,
+        **kwargs,
     ) -> GenerateOutput | Tensor:
-        """``GenerationMixin.generate`` with ImageSpanLogitsProcessor always in the chain."""
+        """``GenerationMixin.generate`` with ImageSpanLogitsProcessor always in the chain.
+
+        ``guidance_scale`` other than 1 guides images to generate, see ImageGuidanceLogitsProcessor; it needs plain
+        sampling or greedy search, without beams.
+        """
         processors = LogitsProcessorList(logits_processor or [])
+        if guidance_scale not in (None, 1.0):
+            if self.model.images is None:
+                raise ValueError("guidance_scale guides images, and this model's vocabulary has none")
+            if kwargs.get("num_beams", 1) != 1:
+                raise ValueError("guidance_scale needs num_beams=1: beams are reordered, its second pass is not")
+            processors.append(ImageGuidanceLogitsProcessor(self, guidance_scale, negative_prompt_ids))
         if self.model.images is not None:
             processors.append(ImageSpanLogitsProcessor(self.config))
         return super().generate(inputs, *args, logits_processor=processors, **kwargs)

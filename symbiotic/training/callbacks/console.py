@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from symbiotic.model.routing_metrics import ALL_TYPES
 from symbiotic.training.callbacks.base import Callback, Event
 
 if TYPE_CHECKING:
@@ -82,9 +84,12 @@ def describe(event: Event) -> str:
         sources = (f"{source}: {_losses(losses)}" for source, losses in event["loss"].items())
         return f"step {step} held out: {'; '.join(sources)}"
     if kind == "stage":
-        return f"step {step} stage {event['stage']!r} begins"
+        shield = ", ".join(f"{kind} {factor}" for kind, factor in event.get("shield", {}).items())
+        return f"step {step} stage {event['stage']!r} begins" + (f" (shield: {shield})" if shield else "")
     if kind == "checkpoint":
         return f"step {step} saved to {event['path']} ({event['seconds']:.1f} s)"
+    if kind in _MEASUREMENTS:
+        return f"step {step} {_MEASUREMENTS[kind](event)}"
     rest = ", ".join(f"{key}: {value}" for key, value in event.items() if key not in ("event", "step"))
     return f"step {step} {kind}" + (f" ({rest})" if rest else "")
 
@@ -103,6 +108,38 @@ def _numbers(event: Event) -> str:
     mfu = f" ({100 * event['mfu']:.1f} % of peak)" if event["mfu"] is not None else ""
     parts.append(f"{event['tflops']:.3g} TFLOP/s a device{mfu}")
     return " | ".join(parts)
+
+
+def _routing(event: Event) -> str:
+    rates = " ".join(f"{kind} {_mean(values['capacity_rate'])}" for kind, values in event["types"].items())
+    dead = sum(event["types"].get(ALL_TYPES, {}).get("dead_experts", ()))
+    return f"routing: capacity rate {rates or 'no tokens'} | dead experts {dead}"
+
+
+def _drift(event: Event) -> str:
+    return "drift: KL " + " ".join(f"{kind} {_mean(values)}" for kind, values in event["kl"].items())
+
+
+def _gradients(event: Event) -> str:
+    cosines = event["by_class"]["cosine"].items()
+    return "gradients into shared experts: cosine " + " ".join(f"{pair} {_mean(values)}" for pair, values in cosines)
+
+
+def _probe(event: Event) -> str:
+    experts = (
+        f"{name} ({'; '.join(f'{source}: {_losses(losses)}' for source, losses in sources.items())})"
+        for name, sources in event["loss"].items()
+    )
+    return "probe: " + " ".join(experts)
+
+
+_MEASUREMENTS = {"routing": _routing, "drift": _drift, "gradients": _gradients, "probe": _probe}
+
+
+def _mean(values: Sequence[float | None]) -> str:
+    """Mean over the MoE blocks that have a value."""
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.4g}" if known else "-"
 
 
 def _time_left(trainer: Trainer, event: Event) -> str | None:

@@ -71,6 +71,7 @@ class StepMetrics(Callback):
                 "grad_norm": result.grad_norm,
                 "applied": result.applied,
                 "rates": result.rates,
+                "projected": result.projected_fraction(),
                 **self._throughput(trainer),
             }
         )

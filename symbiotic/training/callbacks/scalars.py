@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,22 +12,50 @@ from symbiotic.training.callbacks.base import Callback, Event
 if TYPE_CHECKING:
     from symbiotic.training.trainer import Trainer
 
-_STEP_SCALARS = ("total_loss", "grad_norm", "tokens_per_second", "tflops", "mfu", "seconds", "data_seconds")
+_STEP_SCALARS = (
+    "total_loss", "grad_norm", "projected", "tokens_per_second", "tflops", "mfu", "seconds", "data_seconds"
+)  # fmt: skip
+
+_MEASUREMENTS = ("routing", "drift", "gradients", "probe")
+_NO_CURVES = ("event", "step", "stage", "blocks", "reference_step", "load")
+"""Fields of a measurement that are its place, or too much for curves: ``load`` has a number for every expert."""
 
 
 def scalars_of(event: Event) -> Iterator[tuple[str, float]]:
-    """(curve, value) pairs of a ``step`` or ``evaluation`` event; nothing for other events."""
+    """(curve, value) pairs of an event; nothing for events that are marks, such as ``stage`` and ``checkpoint``.
+
+    A measurement's numbers are named by their place in the event, ``drift/kl/text``; of a list with a value for each
+    MoE block there is a curve of the mean, ``.../mean``, and one a block, ``.../block_3``. Values that are null, of
+    what didn't occur, are left out.
+    """
     if event["event"] == "step":
         for prefix in ("loss", "balance", "rates"):
             for name, value in event[prefix].items():
                 yield f"{prefix}/{name}", value
         for name in _STEP_SCALARS:
-            if event[name] is not None:
+            if event.get(name) is not None:
                 yield f"training/{name}", event[name]
     elif event["event"] == "evaluation":
         for source, losses in event["loss"].items():
             for name, value in losses.items():
                 yield f"evaluation/{source}/{name}", value
+    elif event["event"] in _MEASUREMENTS:
+        yield from _leaves(event, path=event["event"], blocks=event.get("blocks", ()))
+
+
+def _leaves(values: Event, *, path: str, blocks: Sequence[int]) -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if name in _NO_CURVES or value is None:
+            continue
+        if isinstance(value, dict):
+            yield from _leaves(value, path=f"{path}/{name}", blocks=blocks)
+        elif isinstance(value, list):
+            numbers = {block: number for block, number in zip(blocks, value, strict=True) if number is not None}
+            if numbers:
+                yield f"{path}/{name}/mean", sum(numbers.values()) / len(numbers)
+            yield from ((f"{path}/{name}/block_{block}", number) for block, number in numbers.items())
+        else:
+            yield f"{path}/{name}", value
 
 
 class TensorBoard(Callback):

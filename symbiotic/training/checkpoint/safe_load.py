@@ -38,10 +38,26 @@ _METADATA_CLASSES = {
 }
 
 
+_PLAN_MODULE = "torch.distributed.checkpoint.planner"
+"""megatron-core's own writer adds the plan by which it saved, which no reader needs."""
+
+
+class _Ignored:
+    """Stands for an object of ``_PLAN_MODULE``: takes whatever the pickle gives it, and does nothing."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Knows the classes of _METADATA_CLASSES and torch's dtypes, and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if module == _PLAN_MODULE:
+            return _Ignored
         if name in _METADATA_CLASSES.get(module, ()):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):

@@ -107,10 +107,6 @@ def own(*parts, start=None):
             {**own("norm"), "groups.understanding": {"experts": 12, "own": ["norm"]}},
             "groups.understanding.own names norm, which every group has for itself then",
         ),
-        (
-            {**own("attention"), "run.device": "cuda", f"{T}.tp_comm_overlap": True},
-            "TransformerConfig.tp_comm_overlap = true needs as many rows in every step",
-        ),
         ({**own("embedding")}, "groups.generation.own.0 = 'embedding' is not one of attention, norm, mlp"),
         (
             {**own("norm", start="copy_of:understanding")},

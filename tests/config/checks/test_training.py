@@ -23,6 +23,43 @@ from tests.config.trees import config
         ),
         ({"stages.0.shield": {"generation_cod": 0}}, "is not a token type: did you mean 'generation_code'?"),
         ({"stages.0.shield": {"padding": 0}}, "stages.0.shield.padding is not a token type"),
+        (
+            {"stages.0.shield": {"generation_code": {"from": 0, "to": 0.1, "steps": 6}}},
+            "stages.0.shield.generation_code.steps = 6 is longer than the stage of 5 steps; lower it",
+        ),
+        (
+            {"stages.0.steps": 1, "stages.0.shield": {"generation_code": {"from": 0, "to": 0.1}}},
+            "stages.0.shield.generation_code is a ramp in a stage of one step; give it one number",
+        ),
+        (
+            {"diagnostics.interval": 1, "data.validation": [], "training.evaluation_interval": None},
+            "diagnostics.drift = true needs held-out data; set it to false or name some in data.validation",
+        ),
+        (
+            {
+                "diagnostics.interval": 1,
+                "diagnostics.drift": False,
+                "data.validation": [],
+                "training.evaluation_interval": None,
+            },
+            "diagnostics.probes = true needs held-out data; set it to false or name some in data.validation",
+        ),
+        (
+            {"diagnostics.interval": 1, "run.device": "cuda", "TransformerConfig.gradient_accumulation_fusion": True},
+            "diagnostics.gradients = true can't tell rows apart in fused weight gradients",
+        ),
+        (
+            {"maop.roles": ["shared_experts"]},
+            "maop.roles.shared_experts matches no role of this model: did you mean 'shared_expert'?",
+        ),
+        (
+            {
+                "maop.roles": ["shared_expert"],
+                "OptimizerConfig.use_precision_aware_optimizer": True,
+                "run.device": "auto",
+            },
+            "OptimizerConfig.use_precision_aware_optimizer = true keeps the gradients where maop.roles doesn't find",
+        ),
         ({"stages.1.loss_weights": {"gen": 1}}, "stages.1.loss_weights.gen is not a loss class"),
         (
             {"stages.1.loss_weights": {"text": 0, "understanding": 0, "generation": 0}},
@@ -71,6 +108,10 @@ def test_an_impossible_run_is_refused(changes, message):
         {"stages.0.mixture": {"text": 1}, "stages.1.mixture": {"digits": 2, "text": 1}, "data.sources.0.weight": 0},
         {"stages.0.frozen": ["expert.understanding", "router.*"], "stages.1.rate_factors": {"expert.*": 0.1}},
         {"stages.0.loss_weights": {"text": 0}},
+        {"stages.0.shield": {"generation_code": {"from": 0, "to": 0.1, "steps": 5}, "generation_latent": 0}},
+        {"stages.1.shield": {"generation_code": {"from": 0.1, "to": 1}}},
+        {"maop.roles": ["shared_expert", "expert.*"]},
+        {"OptimizerConfig.use_precision_aware_optimizer": True, "run.device": "auto"},
         {"schedule": {"warmup_steps": 12}},
         {"schedule": {"warmup_steps": 4, "decay": "linear", "final_factor": 0}},
         {"checkpoint": {"interval": 4, "keep_every": 12}},

@@ -1,0 +1,1 @@
+"""Speed, measured side by side: each benchmark runs both sides in one process and prints ratios and medians."""

@@ -1,0 +1,151 @@
+"""Tensors of a Hugging Face folder, read one at a time, with what is missing or damaged named.
+
+Bytes are read, not mapped, so that the memory in use is one tensor. A folder of our own carries ``checksums.json``,
+the SHA-256 of each tensor's bytes; a folder without it can be checked for sizes and finite values only, since
+safetensors itself has no checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from symbiotic.errors import CheckpointError
+from symbiotic.huggingface.safetensors_writer import CHECKSUM_FILE, DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
+
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's bytes are."""
+
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class SafetensorsFolder(Mapping[str, Tensor]):
+    """The tensors of ``model.safetensors``, or of the shards that its index names, by name.
+
+    Args:
+        folder: the folder.
+        checksums: compare what is read with ``checksums.json``, where there is one.
+
+    Raises:
+        CheckpointError: a file is missing or torn, or index and files disagree; reading raises it for a tensor whose
+            bytes changed.
+    """
+
+    def __init__(self, folder: Path | str, *, checksums: bool = True) -> None:
+        self.folder = Path(folder)
+        self._places: dict[str, _Place] = {}
+        index = self._index()
+        for file in sorted({SINGLE_FILE} if index is None else set(index.values())):
+            for name, place in _read_header(self.folder / file).items():
+                if index is not None and index.get(name) != file:
+                    raise CheckpointError(
+                        f"{place.path}: tensor {name!r} is not where {INDEX_FILE} says; the folder is mixed from two "
+                        "models, fetch it again"
+                    )
+                self._places[name] = place
+        if index is not None and (missing := sorted(set(index) - set(self._places))):
+            raise CheckpointError(
+                f"{self.folder / index[missing[0]]}: tensor {missing[0]!r} is missing, though {INDEX_FILE} names it; "
+                "fetch the folder again"
+            )
+        path = self.folder / CHECKSUM_FILE
+        self._checksums: dict[str, str] = _json(path)["tensors"] if checksums and path.is_file() else {}
+
+    def _index(self) -> dict[str, str] | None:
+        path = self.folder / INDEX_FILE
+        if path.is_file():
+            return _json(path)["weight_map"]
+        if not (self.folder / SINGLE_FILE).is_file():
+            raise CheckpointError(
+                f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder with safetensors weights"
+            )
+        return None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._places))
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+        return self._places[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor."""
+        return self._places[name].dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self._places[name]
+        data = bytearray(math.prod(place.shape) * place.dtype.itemsize)
+        with open(place.path, "rb") as file:
+            file.seek(place.offset)
+            file.readinto(data)
+        expected = self._checksums.get(name)
+        if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+            raise CheckpointError(
+                f"{place.path}: tensor {name!r} is corrupted: its bytes don't have the checksum in {CHECKSUM_FILE}; "
+                "fetch the file again"
+            )
+        tensor = torch.frombuffer(data, dtype=place.dtype) if data else torch.empty(0, dtype=place.dtype)
+        if expected is None and not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{place.path}: tensor {name!r} holds values that are not finite; it is corrupted")
+        return tensor.reshape(place.shape)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}); fetch the folder again") from error
+
+
+def _read_header(path: Path) -> dict[str, _Place]:
+    """Name -> place of every tensor in a file: the length of a JSON header in 8 bytes, the header, the bytes.
+
+    Raises:
+        CheckpointError: the file is missing, torn or of a dtype that no weight has.
+    """
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if length > size:
+                raise ValueError(f"its header would have {length} bytes, the file has {size}")
+            entries = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror}); fetch the folder again") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no whole safetensors file ({error}); fetch it again") from error
+    places = {}
+    for name, entry in entries.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(
+                f"{path}: tensor {name!r} has dtype {entry['dtype']}, weights are {', '.join(DTYPES)}; convert it first"
+            )
+        dtype, (start, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
+        num_bytes = math.prod(entry["shape"]) * dtype.itemsize
+        if end - start != num_bytes or 8 + length + end > size:
+            raise CheckpointError(f"{path}: the bytes of tensor {name!r} are not all there; fetch the file again")
+        places[name] = _Place(path, 8 + length + start, tuple(entry["shape"]), dtype)
+    return places

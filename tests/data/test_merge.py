@@ -1,0 +1,82 @@
+"""Merged shards against one run, and shards that don't go together."""
+
+import subprocess
+import sys
+
+import pytest
+
+from symbiotic.data.merge import merge_shards
+from symbiotic.data.plan import JobShare
+from symbiotic.data.preprocess import PreprocessOptions, preprocess
+from symbiotic.data.shards import FILE_SUFFIXES, shard_path, verify_shard
+from symbiotic.errors import DataError
+from symbiotic.tokens.vocabulary import VocabularyLayout
+from tests.data.corpora import Image, Text, make_vocabulary, write_shard
+from tests.data.encoders import make_encoder_files, write_interleaved
+from tests.support.repository import ROOT
+
+VOCABULARY = make_vocabulary()
+FIRST = [[Text((1, 2, 3), loss=False), Image(((1, 2, 3), (4, 5, 6)), generate=True)], [Text((4,))]]
+SECOND = [[Image(((29, 0), (1, 2), (3, 4)), generate=False, loss=False), Text((49,))]]
+
+
+def test_the_jobs_of_an_array_merge_to_the_bytes_of_one_run(tmp_path):
+    files = make_encoder_files(tmp_path)
+    write_interleaved(tmp_path / "corpus.jsonl", count=200, seed=0)
+    for index in range(3):
+        options = PreprocessOptions(chunk_bytes=2000, job=JobShare(index, 3))
+        preprocess([tmp_path / "corpus.jsonl"], output=tmp_path / "corpus", files=files, options=options)
+    preprocess([tmp_path / "corpus.jsonl"], output=tmp_path / "corpus", files=files)
+    (tmp_path / "merged").mkdir()
+    # As a shell spells `corpus-*-of-00003*`: every file of every shard.
+    words = sorted(tmp_path.glob("corpus-*-of-00003*"))
+    command = [
+        sys.executable, ROOT / "tools/merge_data.py", *words, "--output", tmp_path / "merged" / "corpus",
+        "--vocabulary", files.vocabulary,
+    ]  # fmt: skip
+    result = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "200 documents" in result.stdout and "of 3 shards" in result.stdout
+    for suffix in (*FILE_SUFFIXES.values(), ".manifest.json"):
+        merged, whole = shard_path(tmp_path / "merged" / "corpus", suffix), shard_path(tmp_path / "corpus", suffix)
+        assert merged.read_bytes() == whole.read_bytes()
+
+
+def test_merging_keeps_documents_types_and_rows(tmp_path):
+    for name, corpus in (("a", FIRST), ("b", SECOND), ("all", [*FIRST, *SECOND])):
+        write_shard(tmp_path / name, corpus, VOCABULARY)
+    manifest = merge_shards([tmp_path / "a", tmp_path / "b"], output=tmp_path / "ab", vocabulary=VOCABULARY)
+    assert verify_shard(tmp_path / "ab", vocabulary=VOCABULARY) == manifest
+    for suffix in (".bin", ".idx"):
+        assert shard_path(tmp_path / "ab", suffix).read_bytes() == shard_path(tmp_path / "all", suffix).read_bytes()
+
+
+@pytest.mark.parametrize("suffix", FILE_SUFFIXES.values())
+def test_a_changed_byte_of_a_shard_ends_the_merge_without_output(tmp_path, suffix):
+    for name, corpus in (("a", FIRST), ("b", SECOND)):
+        write_shard(tmp_path / name, corpus, VOCABULARY)
+    path = shard_path(tmp_path / "b", suffix)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"b\{suffix}: the content differs"):
+        merge_shards([tmp_path / "a", tmp_path / "b"], output=tmp_path / "ab", vocabulary=VOCABULARY)
+    assert not list(tmp_path.glob("*ab*"))
+
+
+def test_shards_that_do_not_go_together(tmp_path):
+    other = VocabularyLayout.build(
+        text_size=50, codebook_size=31, resolutions=[(2, 3)], tokenizer_digest="test", multiple=64
+    )
+    write_shard(tmp_path / "a", FIRST, VOCABULARY)
+    write_shard(tmp_path / "b", [[Text((1,))]], other)
+    a = tmp_path / "a"
+    for prefixes, output, message in (
+        ([a, tmp_path / "b"], "ab", "the shard was written with vocabulary"),
+        ([a, tmp_path / "." / "a"], "ab", "the shard is given twice"),
+        ([a], "a", "the output is one of the shards"),
+        ([a, tmp_path / "c"], "ab", "there is no shard of this prefix"),
+        ([], "ab", "there is no shard to merge"),
+    ):
+        with pytest.raises(DataError, match=message):
+            merge_shards(prefixes, output=tmp_path / output, vocabulary=VOCABULARY)
