@@ -20,7 +20,7 @@ class RunBy(Enum):
     CI = "a phase of .ci/run"
     HERE = "in this file"
     ON_THE_DEMO = "in this file, slow, on the results of `make demo`"
-    IN_SMALL = "with --smoke in tests/examples, slow: too long here"
+    IN_SMALL = "with --smoke in tests/examples or tests/test_benchmarks.py, slow: too long here"
 
 
 COMMANDS = {
@@ -61,6 +61,7 @@ COMMANDS = {
     "--tokenizer mine/tokenizer.model --codec mine/codec --html mine/merged.html": RunBy.ON_THE_DEMO,
     "python examples/digits/baselines.py --dry-run": RunBy.HERE,
     "python examples/digits/baselines.py": RunBy.IN_SMALL,
+    "make bench-router": RunBy.IN_SMALL,
     "python tools/report.py runs/digits/generation": RunBy.ON_THE_DEMO,
     "python tools/report.py runs/digits/generation runs/digits/understanding --output runs/compared": (
         RunBy.ON_THE_DEMO
@@ -135,9 +136,10 @@ def test_ci_runs_it(command: str):
 
 @pytest.mark.parametrize("command", commands_run(RunBy.IN_SMALL))
 def test_a_slow_test_runs_it_in_small(command: str):
-    script = Path(command.split()[1])
-    test = (ROOT / "tests" / "examples" / f"test_{script.name}").read_text(encoding="utf-8")
-    assert "pytest.mark.slow" in test and '"--smoke"' in test
+    subject = command.split()[1]
+    test = "test_benchmarks.py" if subject.startswith("bench") else f"examples/test_{Path(subject).name}"
+    content = (ROOT / "tests" / test).read_text(encoding="utf-8")
+    assert "pytest.mark.slow" in content and '"--smoke"' in content
 
 
 @pytest.fixture(scope="module")

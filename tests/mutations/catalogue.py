@@ -4,6 +4,7 @@ Keep ``old`` as short as is unique, so that entries survive edits nearby; ``why`
 passed though ...".
 """
 
+from tests.mutations.corpora import CORPORA
 from tests.mutations.exchange import EXCHANGE
 from tests.mutations.measures import MEASURES
 from tests.mutations.mechanisms import MECHANISMS
@@ -249,4 +250,4 @@ EDGES = [
     ),
 ]
 
-MUTATIONS = [*MODEL, *MECHANISMS, *MEASURES, *STAGING, *EXCHANGE, *DATA, *TRAINING, *EDGES]
+MUTATIONS = [*MODEL, *MECHANISMS, *MEASURES, *STAGING, *EXCHANGE, *CORPORA, *DATA, *TRAINING, *EDGES]
