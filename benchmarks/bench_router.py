@@ -6,8 +6,8 @@ Both sides are the MoE layer alone, forward and backward, so that attention and 
 same experts class, dispatcher, shared expert, weights, input and number of tokens. Stock routes all tokens over all
 experts with its own router and layer. Ours has three quarters of the experts for understanding and a quarter for
 generation, a balance loss for each group, a full shield on generation rows, and the routing metrics at the default
-interval (a unit of timing is one such interval, its last step records). Units alternate, stock and ours, in one
-process and one thread; the ratio of a pair is taken before the median.
+interval: a unit of timing is one such interval, its last step records (their reduction after the step is not timed).
+Units alternate, stock and ours, in one process and one thread; the ratio of a pair is taken before the median.
 
 Writes the rows ``router.step_ratio_to_stock.<experts>x<top-k>.<precision>`` as JSON and as a dated table.
 """

@@ -1,20 +1,26 @@
 """Join shards of one vocabulary, such as those of a job array, into one.
 
-    python tools/merge_data.py shards/corpus-*-of-00008 --output shards/corpus --vocabulary vocabulary.json
+    python tools/merge_data.py shards/corpus-*-of-00008* --output shards/corpus --vocabulary vocabulary.json
 
-Documents keep their order: shards as given, and the documents of each as they stand. Any changed byte of a shard ends
-the run before there is an output. The shards stay where they are.
+Of a job array every job's shard must be there. Documents keep their order: shards as given, and the documents of each
+as they stand. Any changed byte of a shard ends the run before there is an output. The shards stay where they are.
 """
 
 import argparse
+import re
+from collections import defaultdict
 from pathlib import Path
 
 from symbiotic.data.merge import merge_shards
-from symbiotic.data.shards import shard_path
-from symbiotic.errors import exits_on_user_error
+from symbiotic.data.shards import FILE_SUFFIXES
+from symbiotic.errors import DataError, exits_on_user_error
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
-_MANIFEST = ".manifest.json"
+ENDINGS = (".manifest.json", *FILE_SUFFIXES.values(), ".run.json", ".rejected.jsonl", ".parts")
+"""What stands behind a prefix on disk: a shell's ``corpus-*`` names all of these."""
+
+JOB = re.compile(r"(?P<corpus>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
+"""The name of one job's shard."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,16 +33,34 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def shard_prefixes(words: list[str]) -> list[Path]:
-    """Prefixes of the command line; of a shell's ``corpus-*`` only the manifests count."""
+    """Prefixes of the command line, each once; what a prefix lacks is named when its shard is opened.
+
+    Raises:
+        DataError: a job of an array has left no file.
+    """
     prefixes: list[Path] = []
     for word in words:
-        if shard_path(word, _MANIFEST).exists():
-            prefixes.append(Path(word))
-        elif word.endswith(_MANIFEST):
-            prefixes.append(Path(word.removesuffix(_MANIFEST)))
-        elif not Path(word).exists():
-            prefixes.append(Path(word))  # refused by its name when it is opened
+        ending = next((ending for ending in ENDINGS if word.endswith(ending)), "")
+        prefix = Path(word.removesuffix(ending))
+        if not ending or prefix not in prefixes:
+            prefixes.append(prefix)
+    check_jobs(prefixes)
     return prefixes
+
+
+def check_jobs(prefixes: list[Path]) -> None:
+    """Every job of an array is among the prefixes."""
+    found: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for prefix in prefixes:
+        if match := JOB.fullmatch(str(prefix)):
+            found[match["corpus"], int(match["count"])].add(int(match["index"]))
+    for (corpus, count), indices in found.items():
+        missing = sorted(set(range(count)) - indices)
+        if missing:
+            raise DataError(
+                f"{corpus}-{missing[0]:05d}-of-{count:05d} is not among the shards ({len(missing)} of {count} are "
+                "missing); run these jobs first"
+            )
 
 
 @exits_on_user_error

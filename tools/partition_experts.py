@@ -96,6 +96,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         values, overrides = split_overrides(getattr(options, name) or [])
         setattr(options, name, values if name == "upcycle" else pairs(values, option=f"--{name}"))
         options.overrides += overrides
+    if options.seed is not None and options.seed < 0:
+        raise ConfigError(f"--seed {options.seed} is negative; give 0 or more")
+    if options.output.exists() and not options.output.is_dir():
+        raise ConfigError(f"--output {options.output} is a file; name a folder")
     if options.output.exists() and any(options.output.iterdir()) and read_place(os.environ).rank == 0:
         raise ConfigError(f"--output {options.output} is not empty; name a new folder or remove it")
     return options

@@ -69,8 +69,8 @@ def _losses(run: Run) -> Section:
 def _routing(run: Run) -> Section:
     text = (
         "Which experts each token type chooses, and how evenly. The capacity rate is the share of choices that would "
-        "fit if an expert took no more than its group's mean load, first choices first; nothing is dropped in "
-        "training. The paper reports more than 0.90 for each type and about 0.95 in all."
+        "fit if an expert took no more than routing_metrics.capacity_factor times its group's mean load, first choices "
+        "first; nothing is dropped in training. The paper reports more than 0.90 for each type and about 0.95 in all."
     )
     log = run.log
     loads = "Share of a type's choices by expert, at the first and the last logged step, in the colour of its group."

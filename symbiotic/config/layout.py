@@ -100,3 +100,12 @@ def _check_interleaving(config: Config, layout: ParallelLayout, *, microbatches:
             f"pipelining needs a multiple of pipeline_model_parallel_size = {layout.pipeline}; change the batch sizes "
             "or drop virtual_pipeline_model_parallel_size",
         )
+    group = value_of(config, "microbatch_group_size_per_vp_stage")
+    if not layout.virtual_pipeline or group is None:
+        return
+    rest = microbatches % group if group > 0 else 0
+    if not layout.pipeline <= group <= microbatches or 0 < rest < layout.pipeline:
+        raise config.origin.error(
+            "TransformerConfig.microbatch_group_size_per_vp_stage",
+            f"= {group} doesn't fit {microbatches} microbatches on {layout.pipeline} stages; leave it out",
+        )

@@ -51,6 +51,7 @@ READ: dict[str, dict[str, tuple[type | None, Any]]] = {
         "tensor_model_parallel_size": (int, 1),
         "pipeline_model_parallel_size": (int, 1),
         "virtual_pipeline_model_parallel_size": (int, None),
+        "microbatch_group_size_per_vp_stage": (int, None),
         "expert_model_parallel_size": (int, 1),
         "expert_tensor_parallel_size": (int, None),
         "context_parallel_size": (int, 1),

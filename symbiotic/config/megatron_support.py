@@ -171,8 +171,8 @@ CONDITIONS = (
      "taken inside the groups; `sinkhorn` and `quantile_balancing` assume one pool and are refused"),
     ("moe_router_enable_expert_bias", "with `moe_router_score_function: sigmoid` only, as in megatron-core"),
     ("moe_router_topk", "the same for all groups, and no larger than the smallest of them"),
-    ("gradient_accumulation_fusion", "refused where `shield.targets` has a target of mode `weights`, until a test on a "
-     "GPU shows that it reaches fused weight gradients"),
+    ("gradient_accumulation_fusion", "refused where `shield.targets` has a target of mode `weights` and with "
+     "`diagnostics.gradients`, until a test on a GPU shows that they reach fused weight gradients"),
     ("use_precision_aware_optimizer", "refused with `maop.roles`, which needs gradients and moments in float32"),
     ("recompute_modules", "`layernorm` and `moe_act` with Transformer Engine's layers only"),
     ("tensor_model_parallel_size", "above 1 with `sequence_parallel: true` only"),

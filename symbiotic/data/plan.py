@@ -107,8 +107,14 @@ class Splits:
 
 
 def output_prefix(output: Path | str, *, split: str, job: JobShare) -> Path:
-    """Prefix of the shard of a split and job."""
+    """Prefix of the shard of a split and job.
+
+    Raises:
+        DataError: ``output`` is a folder's name alone.
+    """
     output = Path(output)
+    if not output.name:
+        raise DataError(f"--output {output} is no prefix; write FOLDER/NAME")
     return output.with_name(f"{output.name}{'_' if split else ''}{split}{job.suffix}")
 
 

@@ -35,7 +35,7 @@ from symbiotic.data.plan import (
     with_first_lines,
 )
 from symbiotic.data.readers import Chunk, check_inputs
-from symbiotic.data.shards import FILE_SUFFIXES, read_manifest, shard_dtype, shard_path
+from symbiotic.data.shards import FILE_SUFFIXES, Shard, shard_dtype, shard_path
 from symbiotic.errors import DataError
 from symbiotic.files import replacing, write_json
 
@@ -172,7 +172,7 @@ class _Run:
         if record is None or record.get("fingerprint") != self._identity:
             return None
         try:
-            manifests = {prefix: read_manifest(prefix) for prefix in self._prefixes.values()}
+            manifests = {prefix: Shard.open(prefix).manifest for prefix in self._prefixes.values()}
         except DataError:
             return None
         if {prefix.name: manifest["digest"] for prefix, manifest in manifests.items()} != record["shards"]:

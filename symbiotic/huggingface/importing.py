@@ -221,7 +221,7 @@ def _open_megatron(request: ImportRequest) -> _Incoming:
         rows=rows,
         read=folder.read,
         layout=layout,
-        extended=True,
+        extended=num_ids != layout.size,
         config=config,
         partition=partition,
     )

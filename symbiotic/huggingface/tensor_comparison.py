@@ -66,7 +66,8 @@ def kind_of(name: str) -> str:
 
 
 def folder_rows(source: Source, folder: SafetensorsFolder, *, model_type: str) -> list[Row] | None:
-    """The mapping table between a checkpoint and a folder; None for a dense folder, whose MLPs were multiplied."""
+    """The mapping table between a checkpoint and a folder; None for a dense folder, whose MLPs were multiplied,
+    and where a shared expert was added."""
     model = huggingface_config(
         source.config, vocabulary=source.vocabulary, partition=source.partition, dtype=main_dtype(source.weights)
     )
@@ -79,6 +80,8 @@ def folder_rows(source: Source, folder: SafetensorsFolder, *, model_type: str) -
         raise CheckpointError(f"{folder.folder}: tensor {embedding!r} is missing")
     if model_type in ("llama", "qwen2", "qwen3"):
         return None
+    if model.shared_expert_intermediate_size and STOCK_HOMES[model_type].shared_expert is None:
+        return None  # the shared expert was added at import
     router = model.router_of_token_type[model.token_types["text"]]
     rows = folder.shape(embedding)[0]
     return mapping_table(model, STOCK_HOMES[model_type], router=router, vocab_size=min(rows, model.vocab_size))

@@ -103,6 +103,8 @@ class ExpertPartition:
                     f"this release reads {TABLE_VERSION}"
                 )
             rows = sorted((int(block), row) for block, row in table["blocks"].items())
+            if any(type(group) is not int for _, row in rows for group in row):
+                raise TypeError("groups are given by whole numbers")
             partition = cls(
                 groups=tuple(table["groups"]),
                 blocks=tuple(block for block, _ in rows),
@@ -110,7 +112,7 @@ class ExpertPartition:
             )
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
@@ -137,6 +139,8 @@ class ExpertPartition:
             raise CheckpointError(f"{path}: can't read the partition table ({error.strerror})") from error
         except json.JSONDecodeError as error:
             raise CheckpointError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from error
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{path}: not a partition table: byte {error.start} is no UTF-8") from error
         return cls.from_dict(table, source=str(path))
 
     def check(self, sizes: Mapping[str, int], blocks: Sequence[int], *, topk: int = 1, source: str) -> None:

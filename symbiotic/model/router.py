@@ -183,14 +183,15 @@ class GroupRouter(TopKRouter):
                 self.config.init_method(fresh)
                 joint = fresh.to(joint.dtype)
             rows = torch.from_numpy(self.experts.experts_of_router(index))
-            self.add_module(name, RouterGate(joint[rows].clone(), sequence_parallel=self.config.sequence_parallel))
+            # Not by add_module, which refuses the names of all attributes: a router may be called "eval".
+            self._modules[name] = RouterGate(joint[rows].clone(), sequence_parallel=self.config.sequence_parallel)
 
     @property
     def gates(self) -> dict[str, nn.Parameter]:
         """Router name -> its weight."""
         if not self.several_routers:
             return {self.router_names[0]: self.weight}
-        return {name: getattr(self, name).weight for name in self.router_names}
+        return {name: self._modules[name].weight for name in self.router_names}
 
     def joint_logits(self, hidden: Tensor, router_of_row: Tensor | None) -> Tensor:
         """Logits of every slot from the router that serves the row.

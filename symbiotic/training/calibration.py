@@ -21,8 +21,8 @@ from symbiotic.tokens.vocabulary import VocabularyLayout
 from symbiotic.training.checkpoint.manager import model_state, set_model_state
 from symbiotic.training.checkpoint.storage import load_checkpoint
 from symbiotic.training.chunks import build_chunks
-from symbiotic.training.forward import run_schedule
-from symbiotic.training.loader import Microbatch, StepLoader
+from symbiotic.training.forward import no_loss, run_schedule
+from symbiotic.training.loader import StepLoader
 from symbiotic.training.state import seed_everything
 
 
@@ -98,9 +98,4 @@ def _one_pass(
         chunk.eval()
     with torch.no_grad():
         for step in range(-(-len(dataset) // windows)):
-            run_schedule(chunks, loader(step), _no_loss, forward_only=True, num_sums=1)
-
-
-def _no_loss(losses: torch.Tensor, batch: Microbatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Calibration looks at the routers only."""
-    return losses.mean(), torch.zeros(1, dtype=torch.float64, device=losses.device)
+            run_schedule(chunks, loader(step), no_loss, forward_only=True, num_sums=1)

@@ -132,28 +132,24 @@ def frozen_roles(optimizer: MegatronOptimizer, roles: frozenset[str]) -> Iterato
     """Take the groups of ``roles`` out of everything that ``optimizer.step()`` does.
 
     Inside, their gradients count neither in the norm nor in clipping, and value, moments and weight decay stay as
-    they are. Adam's step count runs on: megatron-core keeps one for all groups.
+    they are. Adam's step count must run on (``set_step_count``): megatron-core keeps one for all groups.
     """
     parts = _parts(optimizer)
-    before = _step_count(parts)
     all_groups = [part.optimizer.param_groups for part in parts]
     for part, groups in zip(parts, all_groups, strict=True):
         part.optimizer.param_groups = [group for group in groups if group["role"] not in roles]
     try:
         yield
     finally:
-        stepped = _step_count(parts)
         for part, groups in zip(parts, all_groups, strict=True):
             part.optimizer.param_groups = groups
-    if stepped > before:
-        _set_step_count(parts, stepped)
 
 
-def _step_count(parts: Sequence[MegatronOptimizer]) -> int:
+def step_count(optimizer: MegatronOptimizer) -> int:
     """Adam's step count: the largest one. FusedAdam and the CPU device's AdamW keep it in the group, torch's AdamW
     in the state of each parameter."""
     counts = [0]
-    for part in parts:
+    for part in _parts(optimizer):
         for group in part.optimizer.param_groups:
             counts.append(int(group.get("step", 0)))
             for parameter in group["params"][:1]:
@@ -161,12 +157,13 @@ def _step_count(parts: Sequence[MegatronOptimizer]) -> int:
     return max(counts)
 
 
-def _set_step_count(parts: Sequence[MegatronOptimizer], count: int) -> None:
-    # Looked up over all parts: the groups of one that has been frozen from the start hold no count yet.
-    in_groups = any("step" in group for part in parts for group in part.optimizer.param_groups)
+def set_step_count(optimizer: MegatronOptimizer, count: int) -> None:
+    """Set Adam's step count of every group, also of those that this rank left out of the step."""
+    parts = _parts(optimizer)
+    in_states = any("step" in state for part in parts for state in part.optimizer.state.values())
     for part in parts:
         for group in part.optimizer.param_groups:
-            if in_groups:
+            if not in_states:
                 group["step"] = count
                 continue
             for parameter in group["params"]:

@@ -91,10 +91,14 @@ class ProjectingOptimizer(ChainedOptimizer):
         ]
         self.counts = self._no_counts()
 
+    def step(self) -> tuple[bool, float | None, int | None]:
+        """Megatron's step; one that it skips has looked at no tensor."""
+        self.counts = self._no_counts()
+        return super().step()
+
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Project the clipped gradients, then update. Called by ``step()``."""
-        self.counts = self._no_counts()
         if self.enabled:
             for tensors in self._sets:
                 self.counts += tensors.project()

@@ -275,7 +275,7 @@ def _shared_expert(config: Config) -> SharedExpert | None:
 
 
 def write_split(split: Split, partition: ExpertPartition, counts: np.ndarray | None, *, output: Path) -> None:
-    """Write ``output/checkpoints/step-0``, then the picture, then the table ``partition.json``.
+    """Write the table ``partition.json`` with its counts, then ``output/checkpoints/step-0``, then the picture.
 
     Args:
         split: what to do.
@@ -292,6 +292,12 @@ def write_split(split: Split, partition: ExpertPartition, counts: np.ndarray | N
     weights = open_weights(split.checkpoint, verify=verify)
     _check_dense_blocks(split, weights)
     (output / "checkpoints").mkdir(parents=True, exist_ok=True)
+    # First what took longest to find out: a full disk or a damaged checkpoint doesn't cost the measurement.
+    kinds, table = list(split.request.calibration), partition.to_dict() | {"provenance": provenance}
+    if counts is not None:
+        dimensions = ["kind", "block", "token type", "expert"]
+        table["counts"] = {"kinds": kinds, "dimensions": dimensions, "values": counts.tolist()}
+    write_json(output / "partition.json", table)
     write_weights(
         output / "checkpoints" / "step-0",
         new_tensors(split, partition, split.order(counts), weights),
@@ -300,15 +306,11 @@ def write_split(split: Split, partition: ExpertPartition, counts: np.ndarray | N
         config=split.config.to_dict(),
         provenance=provenance,
     )
-    table = partition.to_dict() | {"provenance": provenance}
     if counts is not None:
         from symbiotic.analysis.partition_map import write_partition_map
 
-        kinds, dimensions = list(split.request.calibration), ["kind", "block", "token type", "expert"]
         blocks = split.model.pattern.moe_blocks
         write_partition_map(output / "usage.svg", counts, kinds=kinds, blocks=blocks, partition=partition)
-        table["counts"] = {"kinds": kinds, "dimensions": dimensions, "values": counts.tolist()}
-    write_json(output / "partition.json", table)
 
 
 def _check_dense_blocks(split: Split, weights: Weights) -> None:

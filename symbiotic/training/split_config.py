@@ -168,7 +168,7 @@ def written_config(
 ) -> Config:
     """The configuration of the new model: groups, routers and blocks as split, laid out for a single process.
 
-    Rates and stages of the training before speak of roles that the new model may not have; they are not kept.
+    Rates, stages and ``maop`` of the training before speak of roles that the new model may not have; they are not kept.
 
     Args:
         model: what is split.
@@ -185,6 +185,7 @@ def written_config(
     tree["groups"] = {name: {"experts": size} for name, size in sizes.items()}
     tree["routers"] = routers_by_type(list(sizes), types)
     tree.pop("partition", None)
+    tree.pop("maop", None)
     rates = tree.get("rates") or {"*": 0.0}
     steps = tree["training"].get("steps") or sum(stage["steps"] for stage in tree.get("stages") or [])
     tree["rates"], tree["stages"] = {"*": max(rates.values())}, []

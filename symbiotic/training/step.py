@@ -26,7 +26,7 @@ from symbiotic.model.router import update_group_biases
 from symbiotic.training.forward import run_schedule, sum_over_ranks
 from symbiotic.training.loader import Microbatch
 from symbiotic.training.losses import LossNormaliser, class_totals, mean_by_class
-from symbiotic.training.optimizer import frozen_roles, set_rates
+from symbiotic.training.optimizer import frozen_roles, set_rates, set_step_count, step_count
 from symbiotic.training.projection import ProjectingOptimizer
 from symbiotic.training.roles import RoleRates
 
@@ -110,8 +110,11 @@ class TrainStep:
         set_rates(self.optimizer, self.rates.at(step), weight_decay=self._weight_decay)
         if isinstance(self.optimizer, ProjectingOptimizer):
             self.optimizer.enabled = all(factor > 0.0 for factor in self.rates.stages.at(step).shield_at(step))
+        count = step_count(self.optimizer)
         with frozen_roles(self.optimizer, self.rates.frozen_at(step)):
             applied, grad_norm, _ = self.optimizer.step()
+        if applied:
+            set_step_count(self.optimizer, count + 1)
         return bool(applied), float(grad_norm or 0.0)
 
 

@@ -85,9 +85,9 @@ def check_inputs(paths: Iterable[Path | str], *, format: str = "record") -> int:
                 f"{path}: --format {format} isn't read from {container.name} files; it is read from "
                 f"{', '.join(known.containers)}"
             )
-        if path in seen:
+        if path.resolve() in seen:
             raise DataError(f"{path}: the input file is given twice; name it once")
-        seen.add(path)
+        seen.add(path.resolve())
         try:
             with open(path, "rb"):
                 total += path.stat().st_size

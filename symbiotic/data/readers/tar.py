@@ -4,6 +4,7 @@ Members of one record stand one behind the other. A segment names its image by w
 the member's whole name. Read with the standard library: importing webdataset loads torch into every process.
 """
 
+import gzip
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,19 @@ _END_BYTES = 2 * tarfile.BLOCKSIZE
 """A tar ends with two blocks of zeros; without them its tail may be missing."""
 
 Members = dict[str, bytes]
+
+
+class _StrictTarInfo(tarfile.TarInfo):
+    """A header that is damaged is an error; `TarFile` alone takes it for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise  # the block of zeros that ends an archive
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from error
 
 
 def split(path: Path, chunk_bytes: int) -> list[Chunk]:
@@ -51,7 +65,7 @@ def read(chunk: Chunk, columns: Sequence[str] | None) -> Iterator[RawRecord | Un
 def _check_end(path: str) -> None:
     """Refuse a plain tar whose closing zeros are missing: `tarfile` takes that for its end."""
     if path.endswith(".gz"):
-        return  # a torn gzip stream is found when it is read
+        return  # GzipFile checks the end of the stream and its checksum
     with open(path, "rb") as file:
         size = file.seek(0, 2)
         file.seek(max(size - _END_BYTES, 0))
@@ -64,8 +78,10 @@ def _groups(path: str, raw: Any) -> Iterator[tuple[str, list[tuple[str, bytes | 
     key: str | None = None
     members: list[tuple[str, bytes | None]] = []
     try:
-        with tarfile.open(fileobj=raw, mode="r|gz" if path.endswith(".gz") else "r|") as archive:
+        stream = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+        with tarfile.open(fileobj=stream, mode="r|", tarinfo=_StrictTarInfo) as archive:
             for member in archive:
+                archive.members = []  # it would keep every header of the archive
                 if member.isdir():
                     continue
                 name = PurePosixPath(member.name)
@@ -82,12 +98,20 @@ def _groups(path: str, raw: Any) -> Iterator[tuple[str, list[tuple[str, bytes | 
                 if len(content) != member.size:
                     raise DataError(f"{path}: {member.name} is cut off; copy the tar again")
                 members.append((suffix, content))
+            _check_nothing_follows(path, archive.fileobj)
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: damaged behind {key or 'its start'} ({error}); copy the tar again") from error
     if key is not None:
         yield key, members
+
+
+def _check_nothing_follows(path: str, stream: Any) -> None:
+    """Read on to the end, which also checks a gzip stream's sum; two tars in one file would lose the second one."""
+    while rest := stream.read(1 << 20):
+        if any(rest):
+            raise DataError(f"{path}: there is something behind the end of the tar; write it again as one tar")
 
 
 def _record(key: str, members: list[tuple[str, bytes | None]]) -> Any:

@@ -42,8 +42,10 @@ class Diagnostics(Callback):
         shared = bool(self._blocks) and transformer.moe_shared_expert_intermediate_size is not None
         self._measures_drift = settings.drift and bool(self._blocks)
         self._measures_gradients, self._probes = settings.gradients and shared, settings.probes and shared
-        if not shared and torch.distributed.get_rank() == 0:
+        if not shared and (settings.gradients or settings.probes) and torch.distributed.get_rank() == 0:
             log.warning("the model has no shared expert: no gradients and no probes among the diagnostics")
+        interleaved = transformer.virtual_pipeline_model_parallel_size is not None
+        self._multiple = transformer.microbatch_group_size_per_vp_stage if interleaved else 1
         self._score_function = transformer.moe_router_score_function
         self._drift: RoutingDrift | None = None
 
@@ -53,7 +55,7 @@ class Diagnostics(Callback):
             return
         self._drift = RoutingDrift(
             trainer.chunks,
-            CalibrationTokens.build(self._sources),
+            CalibrationTokens.build(self._sources, multiple=self._multiple),
             blocks=self._blocks,
             score_function=self._score_function,
             path=trainer.folder / REFERENCE_FILE,

@@ -33,7 +33,7 @@ from symbiotic.model.moe_layer import GroupedMoELayer, moe_layers
 from symbiotic.model.router import GroupRouter
 from symbiotic.tokens.types import NUM_TOKEN_TYPES, TokenType
 from symbiotic.training.evaluation import HeldOut, evaluating
-from symbiotic.training.forward import run_schedule
+from symbiotic.training.forward import no_loss, run_schedule
 from symbiotic.training.loader import Microbatch
 
 REFERENCE_FILE = "diagnostics/reference.pt"
@@ -50,6 +50,7 @@ class CalibrationTokens:
 
     Attributes:
         sources: validation sources by name.
+        num_microbatches: how many microbatches of each source every rank runs, in the order of the sources.
         num_tokens: tokens compared, over all sources.
         first_token: for every microbatch that this rank runs, over all sources and batches in order: int64 [b], the
             number of each sample's first token, -1 for a sample that is not compared.
@@ -57,42 +58,56 @@ class CalibrationTokens:
     """
 
     sources: Mapping[str, HeldOut]
+    num_microbatches: list[int]
     num_tokens: int
     first_token: list[Tensor]
     digest: str
 
     @classmethod
-    def build(cls, sources: Mapping[str, HeldOut], *, max_tokens: int = MAX_TOKENS) -> CalibrationTokens:
-        """Choose the tokens: at most ``max_tokens`` of each source, but at least one sample. Collective."""
+    def build(
+        cls, sources: Mapping[str, HeldOut], *, max_tokens: int = MAX_TOKENS, multiple: int = 1
+    ) -> CalibrationTokens:
+        """Choose the tokens: at most ``max_tokens`` of each source, but at least one sample. Collective.
+
+        Args:
+            sources: validation sources by name.
+            max_tokens: of each source.
+            multiple: what the pipeline schedule wants the number of microbatches in a pass to be a multiple of.
+        """
         rank, size = parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
-        first_token, num_tokens = [], 0
+        first_token, num_microbatches, num_tokens = [], [], 0
         for source in sources.values():
             micro_batch_size, length = source.loader.shape
             microbatches = source.num_batches * source.loader.num_microbatches
             samples = min(microbatches * size * micro_batch_size, max(1, max_tokens // length))
-            for number in range(microbatches):
+            # Ranks without a compared sample in a microbatch run it too: the schedule is that of all ranks.
+            needed = -(-samples // (size * micro_batch_size))
+            num_microbatches.append(min(microbatches, -(-needed // multiple) * multiple))
+            for number in range(num_microbatches[-1]):
                 # Microbatch j of a rank is number j * size + rank of the batch (symbiotic.data.batches).
                 sample = (number * size + rank) * micro_batch_size + torch.arange(micro_batch_size)
                 first_token.append(torch.where(sample < samples, num_tokens + sample * length, -1))
             num_tokens += samples * length
-        return cls(sources, num_tokens, first_token, _digest(sources, first_token, num_tokens=num_tokens))
+        digest = _digest(_batches(sources, num_microbatches), first_token, num_tokens=num_tokens)
+        return cls(sources, num_microbatches, num_tokens, first_token, digest)
 
     def batches(self) -> Iterator[list[Microbatch]]:
         """This rank's microbatches, batch by batch."""
-        return _batches(self.sources)
+        return _batches(self.sources, self.num_microbatches)
 
 
-def _batches(sources: Mapping[str, HeldOut]) -> Iterator[list[Microbatch]]:
-    for source in sources.values():
-        for index in range(source.num_batches):
-            yield source.loader(index)
+def _batches(sources: Mapping[str, HeldOut], num_microbatches: Sequence[int]) -> Iterator[list[Microbatch]]:
+    for source, left in zip(sources.values(), num_microbatches, strict=True):
+        per_batch = source.loader.num_microbatches
+        for index in range(-(-left // per_batch)):
+            yield source.loader(index)[: left - index * per_batch]
 
 
-def _digest(sources: Mapping[str, HeldOut], first_token: Sequence[Tensor], *, num_tokens: int) -> str:
+def _digest(all_batches: Iterator[list[Microbatch]], first_token: Sequence[Tensor], *, num_tokens: int) -> str:
     """SHA-256 of the tokens and types that are compared, the same on every rank."""
     device = torch.cuda.current_device()
     found = torch.zeros(2, num_tokens, dtype=torch.int64, device=device)
-    microbatches = (batch for batches in _batches(sources) for batch in batches)
+    microbatches = (batch for batches in all_batches for batch in batches)
     for batch, starts in zip(microbatches, first_token, strict=True):
         for row, start in enumerate(starts.tolist()):
             if start >= 0:
@@ -121,13 +136,8 @@ def capture_routing(chunks: Sequence[nn.Module], calibration: CalibrationTokens)
     """Run the held-out batches forward, in evaluation mode; block -> what its router says. Collective."""
     with evaluating(chunks), _recording(chunks, calibration.first_token) as recorders:
         for batches in calibration.batches():
-            run_schedule(chunks, batches, _no_loss, forward_only=True, num_sums=1)
+            run_schedule(chunks, batches, no_loss, forward_only=True, num_sums=1)
     return {block: recorder.routing() for block, recorder in recorders.items()}
-
-
-def _no_loss(losses: Tensor, batch: Microbatch) -> tuple[Tensor, Tensor]:
-    """Only the routers are looked at."""
-    return losses.mean(), torch.zeros(1, dtype=torch.float64, device=losses.device)
 
 
 @contextmanager
