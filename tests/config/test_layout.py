@@ -60,6 +60,19 @@ def test_interleaving_needs_whole_rounds_of_microbatches():
         check_world_size(resolved, 4)
 
 
+@pytest.mark.parametrize(("group", "fits"), [(2, True), (4, True), (3, False), (8, False), (1, False)])
+def test_interleaving_in_groups_of_microbatches(group, fits):
+    """4 microbatches on 2 stages; a rest of one microbatch would be fewer than there are stages."""
+    sizes = {f"{T}.pipeline_model_parallel_size": 2, f"{T}.virtual_pipeline_model_parallel_size": 2}
+    group_size = {f"{T}.microbatch_group_size_per_vp_stage": group}
+    batch = {"training.global_batch_size": 8}
+    if fits:
+        check_world_size(config(**sizes, **group_size, **batch), 2)
+        return
+    with pytest.raises(ConfigError, match=f"= {group} doesn't fit 4 microbatches on 2 stages; leave it out"):
+        config(**sizes, **group_size, **batch)
+
+
 def test_roles_of_a_model_with_everything():
     assert roles_of(config()) == [
         "embedding", "attention", "norm", "mlp", "router.understanding", "router.generation", "expert.understanding",

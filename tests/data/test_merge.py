@@ -14,6 +14,7 @@ from symbiotic.tokens.vocabulary import VocabularyLayout
 from tests.data.corpora import Image, Text, make_vocabulary, write_shard
 from tests.data.encoders import make_encoder_files, write_interleaved
 from tests.support.repository import ROOT
+from tools.merge_data import shard_prefixes
 
 VOCABULARY = make_vocabulary()
 FIRST = [[Text((1, 2, 3), loss=False), Image(((1, 2, 3), (4, 5, 6)), generate=True)], [Text((4,))]]
@@ -62,6 +63,17 @@ def test_a_changed_byte_of_a_shard_ends_the_merge_without_output(tmp_path, suffi
     with pytest.raises(DataError, match=rf"b\{suffix}: the content differs"):
         merge_shards([tmp_path / "a", tmp_path / "b"], output=tmp_path / "ab", vocabulary=VOCABULARY)
     assert not list(tmp_path.glob("*ab*"))
+
+
+def test_every_job_of_an_array_must_be_there():
+    words = [f"shards/corpus-0000{job}-of-00003{ending}" for job in (0, 2) for ending in (".bin", ".manifest.json")]
+    with pytest.raises(DataError, match="corpus-00001-of-00003 is not among the shards"):
+        shard_prefixes(words)
+    # A job that was killed before its manifest is named when it is opened, not left out.
+    prefixes = shard_prefixes([*words, "shards/corpus-00001-of-00003.parts", "b"])
+    assert [prefix.name for prefix in prefixes] == [
+        "corpus-00000-of-00003", "corpus-00002-of-00003", "corpus-00001-of-00003", "b",
+    ]  # fmt: skip
 
 
 def test_shards_that_do_not_go_together(tmp_path):

@@ -263,6 +263,9 @@ def test_resume_goes_on_with_finished_parts(corpus, files, tmp_path, monkeypatch
     encoded.clear()
     result = run(corpus, tmp_path / "shard", files, chunk_bytes=3000, resume=True)
     assert (encoded, result.progress.num_documents) == ([], 320)  # finished before: nothing to do
+    shard_path(tmp_path / "shard", ".bin").unlink()
+    run(corpus, tmp_path / "shard", files, chunk_bytes=3000, resume=True)
+    assert encoded and shard_path(tmp_path / "shard", ".bin").exists(), "a shard that is gone is not finished"
 
 
 def files_of(prefix: Path) -> list[Path]:

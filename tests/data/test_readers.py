@@ -316,6 +316,35 @@ def test_a_torn_tar_is_named(tmp_path, cut):
         records_of(tmp_path / "x.tar")
 
 
+@pytest.mark.parametrize("name", ["x.tar", "x.tar.gz"])
+def test_a_tar_that_ends_early_or_twice_is_named(tmp_path, name):
+    """The standard library takes a damaged header, and a torn stream at a member's border, for the end."""
+    members = [(f"{number}.json", tar_record(f"{number}")) for number in range(3)]
+    write_tar(tmp_path / "x.tar", members)
+    whole = (tmp_path / "x.tar").read_bytes()
+
+    def read(content: bytes) -> list:
+        (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        return records_of(tmp_path / name)
+
+    assert len(read(whole)) == 3
+    flipped = bytearray(whole)
+    flipped[1024 + 150] ^= 1  # in the checksum of the second header
+    with pytest.raises(DataError, match=rf"{name}: damaged behind"):
+        read(bytes(flipped))
+    with pytest.raises(DataError, match=rf"{name}: there is something behind the end of the tar"):
+        read(whole + whole)
+    for blocks in range(1, 6):
+        with pytest.raises(DataError, match=name):
+            read(whole[: 512 * blocks])
+    if name.endswith("gz"):
+        compressed = gzip.compress(whole)
+        for cut in (1, 4, 8, 12, 40):
+            (tmp_path / name).write_bytes(compressed[:-cut])
+            with pytest.raises(DataError, match=rf"{name}: damaged behind"):
+                records_of(tmp_path / name)
+
+
 def test_inputs_that_cannot_be_read(tmp_path):
     with pytest.raises(DataError, match=r"absent\.jsonl: there is no such input file"):
         check_inputs([tmp_path / "absent.jsonl"])
@@ -332,6 +361,8 @@ def test_inputs_that_cannot_be_read(tmp_path):
         check_inputs([tmp_path / "x.tar"], format="text")
     with pytest.raises(DataError, match=r"x\.tar: the input file is given twice"):
         check_inputs([tmp_path / "x.tar", tmp_path / "x.tar"])
+    with pytest.raises(DataError, match=r"x\.tar: the input file is given twice"):
+        check_inputs([tmp_path / "x.tar", tmp_path / ".." / tmp_path.name / "x.tar"])
     with pytest.raises(DataError, match="--format 'csv' isn't known"):
         check_inputs([other], format="csv")
 

@@ -261,6 +261,17 @@ def jitter() -> dict[str, bool]:
     }
 
 
+def names_of_methods() -> list[str]:
+    """State of two routers that are called like methods of their module, after a pass forward and backward."""
+    routers = {"eval": (["text"], "all"), "topk": (["generation_code"], "all")}
+    router = make_router(tiny_config(), groups={"all": 8}, routers=routers)
+    types = torch.tensor([[TokenType.TEXT, TokenType.GENERATION_CODE]], dtype=torch.int8)
+    probs, _ = router(torch.randn(1, 2, 32), types)
+    probs.sum().backward()
+    assert all(gate.grad is not None for gate in router.gates.values())
+    return [name for name in router.state_dict() if name.endswith("weight")]
+
+
 def later_routers_start_elsewhere() -> bool:
     """Whether two routers over one pool have weights of their own from the start."""
     routers = {"text": (["text"], "all"), "drawing": (["generation_code"], "all")}

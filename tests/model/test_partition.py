@@ -149,6 +149,8 @@ def test_an_edited_table_is_refused(tmp_path):
         ("{", "line 1: not JSON"),
         ('{"version": 9, "groups": [], "blocks": {}}', "version 9 is unknown"),
         ('{"version": 1}', "not a partition table"),
+        ('{"version": 1, "groups": ["a", "b"], "blocks": {"0": [0.9, 1]}}', "groups are given by whole numbers"),
+        ('{"version": 1, "groups": ["a", "b"], "blocks": {"0": [0, 70000]}}', "not a partition table"),
         ('{"version": 1, "groups": ["a"], "blocks": {"0": [0, 1]}}', "p.json: .*group index 1 is out of range"),
         ('{"version": 1, "groups": ["a"], "blocks": {"0": [0, -1]}}', "group index -1 is out of range"),
         ('{"version": 1, "groups": ["a", "a"], "blocks": {"0": [0, 1]}}', "names a group twice"),
@@ -158,6 +160,12 @@ def test_an_edited_table_is_refused(tmp_path):
 def test_a_damaged_table_is_named(tmp_path, content, message):
     (tmp_path / "p.json").write_text(content)
     with pytest.raises((CheckpointError, ConfigError), match=message):
+        ExpertPartition.load(tmp_path / "p.json")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "p.json").write_bytes(b"\xff\x00")
+    with pytest.raises(CheckpointError, match=r"p\.json: not a partition table: byte 0 is no UTF-8"):
         ExpertPartition.load(tmp_path / "p.json")
 
 

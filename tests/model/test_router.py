@@ -209,6 +209,10 @@ def test_routers_over_one_pool_start_with_weights_of_their_own():
     assert run_ranks(f"{CASES}:later_routers_start_elsewhere") == [True]
 
 
+def test_a_router_may_be_called_like_a_method():
+    assert run_ranks(f"{CASES}:names_of_methods") == [["eval.weight", "topk.weight"]]
+
+
 def test_jitter_is_recomputed_as_it_was_and_stays_out_of_evaluation():
     """megatron-core's jitter of the router's input, which is noise for training."""
     (result,) = run_ranks(f"{CASES}:jitter")

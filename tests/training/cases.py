@@ -113,6 +113,17 @@ def frozen_state(file: str, overrides: list[str]) -> dict[str, Any]:
         return {"steps": seen}
 
 
+def step_counts(file: str, overrides: list[str]) -> list[list[int]]:
+    """Adam's step counts of all of this rank's parameter groups, after each step."""
+    with trainer_of(file, overrides) as trainer:
+        optimizer, seen = trainer._step.optimizer, []
+        trainer.callbacks.append(
+            Watch(lambda trainer, result: seen.append(sorted({group["step"] for group in optimizer.param_groups})))
+        )
+        trainer.fit()
+        return seen
+
+
 def _states(optimizer, *, role: str):
     for part in optimizer.chained_optimizers:
         for group in part.optimizer.param_groups:

@@ -280,4 +280,5 @@ def few_calibration_tokens(file: str, overrides: list[str]) -> dict[str, Any]:
             "tokens": calibration.num_tokens,
             "starts": sorted(starts[starts >= 0].tolist()),
             "digest": calibration.digest,
+            "microbatches": sum(len(batches) for batches in calibration.batches()),
         }

@@ -151,6 +151,7 @@ def test_drift_compares_whole_samples_up_to_a_limit(corpus, tmp_path):
     # Both sources' first microbatch is rank 0's.
     assert answers[0]["starts"] == [number * SEQUENCE for number in range(4)] and answers[1]["starts"] == []
     assert answers[0]["digest"] == answers[1]["digest"]
+    assert [answer["microbatches"] for answer in answers] == [2, 2], "one of each source, no more are run"
 
 
 def norm(vector: torch.Tensor) -> float:

@@ -53,6 +53,16 @@ def test_only_one_group_of_experts_may_learn(corpus, tmp_path):
     assert {role for role, (_, change) in last.items() if change > 0.0} == {"expert.generation"}
 
 
+def test_the_step_count_runs_on_where_everything_is_frozen(corpus, tmp_path):
+    """The first pipeline stage has a dense block only, and nothing but experts learns."""
+    rates = {"*": 0.0, "expert.generation": 0.01, "router.*": 0.0, "embedding": 0.0}
+    file = tiny_file(corpus, tmp_path / "run", model={"dense_blocks": [0]}, rates=rates)
+    pipeline = ["TransformerConfig.pipeline_model_parallel_size=2", "TransformerConfig.ffn_hidden_size=48"]
+    overrides = ["training.steps=2", "training.evaluation_interval=null", "checkpoint.interval=null", *pipeline]
+    ranks = run_ranks("tests.training.cases:step_counts", world_size=2, file=str(file), overrides=overrides)
+    assert ranks == [[[1], [2]], [[1], [2]]]
+
+
 def test_roles_with_equal_settings_stay_apart(corpus, tmp_path):
     """Equal rates would merge roles into one group; megatron-core must tell every group from every other."""
     file = tiny_file(corpus, tmp_path / "run", rates={"*": 0.001, "expert.generation": 0.001})

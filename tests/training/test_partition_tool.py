@@ -338,6 +338,14 @@ def test_mistakes_about_dense_models_are_one_sentence(dense, half_dense, tmp_pat
         split(half_dense, tmp_path / "x", *groups, "--method", "copy", "--upcycle", 1, *sizes)
 
 
+def test_impossible_options_are_one_sentence(run, tmp_path):
+    with pytest.raises(UserError, match="--seed -1 is negative"):
+        split(run, tmp_path / "x", *TWO, "--method", "random", "--seed", "-1")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file; name a folder"):
+        split(run, tmp_path / "file", *TWO, *INDEX)
+
+
 def test_a_split_model_is_not_split_again(run, tmp_path):
     split(run, tmp_path / "once", *TWO, *INDEX)
     with pytest.raises(UserError, match="has the groups understanding, generation already"):

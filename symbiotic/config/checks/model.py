@@ -15,8 +15,11 @@ from symbiotic.config.schema import Config, GroupConfig
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 """Names of groups and routers: they become parts of parameter names, where a dot separates."""
 
-RESERVED_ROUTER_NAMES = ("weight", "bias", "experts", "config", "training", "usage", "layer_number")
-"""Attributes of the router module, which a router's weight would hide."""
+RESERVED_ROUTER_NAMES = (
+    "weight", "bias", "experts", "config", "training", "usage", "layer_number", "usage_mode", "sums", "ga_steps",
+    "global_tokens_per_expert", "group_bias", "group_load",
+)  # fmt: skip
+"""Attributes of the router module that are set or saved under their name, which a router's weight would take."""
 
 
 def check_depth(config: Config) -> None:
