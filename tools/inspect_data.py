@@ -148,6 +148,10 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.document and not (arguments.vocabulary and arguments.tokenizer):
         raise DataError("--document needs --vocabulary and --tokenizer; give the files of the corpus")
+    if arguments.images and not (arguments.codec and (arguments.document or arguments.html)):
+        raise DataError("--images needs --codec, and --document or --html; add them")
+    if arguments.codec and not (arguments.vocabulary and arguments.tokenizer):
+        raise DataError("--codec needs --vocabulary and --tokenizer; give the files of the corpus")
     vocabulary = VocabularyLayout.load(arguments.vocabulary) if arguments.vocabulary else None
     shard = Shard.open(arguments.prefix, vocabulary=vocabulary)
     histograms = length_histograms(shard)

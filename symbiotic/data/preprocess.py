@@ -185,7 +185,10 @@ class _Run:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second run away from the same output."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{self._folder} can't be made ({error.strerror}); give another --output") from error
         with open(self._folder / "lock", "wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,6 +196,10 @@ class _Run:
                 raise DataError(
                     f"{self._folder}: another process is writing this output; wait for it or give another --output"
                 ) from None
+            except OSError as error:
+                raise DataError(
+                    f"{self._folder}: this file system has no locks ({error.strerror}); write to another one"
+                ) from error
             try:
                 yield
             finally:

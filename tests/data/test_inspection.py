@@ -92,5 +92,11 @@ def test_the_command(made, tmp_path):
     result = inspect(folder / "shard", *shown, "--document", "first", "--images", tmp_path / "look")
     assert result.stdout.startswith(f"document 0: first ({folder / 'corpus.jsonl'}:1)\n[0: text, ")
     assert sorted(path.name for path in (tmp_path / "look").iterdir()) == ["0.1.png", "0.2.png"]
+    for options, missing in (
+        (("--codec", files.codec), "--codec needs --vocabulary and --tokenizer"),
+        (("--images", tmp_path / "look"), "--images needs --codec, and --document or --html"),
+    ):
+        result = inspect(folder / "shard", *options)
+        assert result.returncode == 1 and missing in result.stderr
     result = inspect(folder / "shard", "--document", "first")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)

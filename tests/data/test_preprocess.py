@@ -302,6 +302,12 @@ def test_two_runs_on_one_output_are_refused(corpus, files, tmp_path):
             run(corpus, tmp_path / "shard", files)
 
 
+def test_an_output_that_cannot_be_made_is_named(corpus, files, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"shard\.parts can't be made \(Not a directory\); give another --output"):
+        run(corpus, tmp_path / "file" / "shard", files)
+
+
 def _kill_this_process(job: chunk_jobs.ChunkJob) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
