@@ -20,7 +20,7 @@ from symbiotic.analysis.expert_use import ExpertUse
 from symbiotic.analysis.figures import Picture, expert_use_maps, loss_curves, reading_grid, sample_grid
 from symbiotic.analysis.page import Section, write_report
 from symbiotic.analysis.results import DIGITS_EXPECTED, DIGITS_TARGETS, Row, apply_targets, read_results
-from symbiotic.analysis.run_log import read_run_log
+from symbiotic.analysis.run_log import LOG_FILE, read_run_log
 from symbiotic.errors import DataError
 
 PHASES_FILE = "phases.json"
@@ -124,7 +124,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _curves(folder: Path) -> list[Section]:
-    logs = [read_run_log(folder / run) for run in RUNS if (folder / run / "log.jsonl").exists()]
+    logs = [read_run_log(folder / run) for run in RUNS if (folder / run / LOG_FILE).exists()]
     if not logs:
         return []
     text = (

@@ -11,6 +11,9 @@ from typing import Any
 
 from symbiotic.errors import DataError
 
+LOG_FILE = "log.jsonl"
+"""A run's log, in its folder."""
+
 Curve = list[tuple[int, float]]
 """(step, value) pairs in ascending order of step."""
 
@@ -73,7 +76,7 @@ def read_events(path: Path | str) -> list[dict[str, Any]]:
 def read_run_log(folder: Path | str) -> RunLog:
     """Read ``folder/log.jsonl`` of a run."""
     folder = Path(folder)
-    return collect(read_events(folder / "log.jsonl"), name=folder.name)
+    return collect(read_events(folder / LOG_FILE), name=folder.name)
 
 
 def collect(events: Iterable[dict[str, Any]], *, name: str) -> RunLog:

@@ -11,14 +11,12 @@ from typing import Any
 import numpy as np
 
 from symbiotic.analysis.results import Row
-from symbiotic.analysis.run_log import Curve, RunLog, collect, read_events
+from symbiotic.analysis.run_log import LOG_FILE, Curve, RunLog, collect, read_events
 from symbiotic.config import load_config
 from symbiotic.config.sizes import active_parameters, model_parts
 from symbiotic.errors import DataError
 from symbiotic.model.partition import ExpertPartition
 from symbiotic.tokens.vocabulary import VocabularyLayout
-
-LOG_FILE = "log.jsonl"
 
 Event = dict[str, Any]
 

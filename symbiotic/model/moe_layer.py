@@ -14,6 +14,7 @@ recompute and interleaved pipelines always see the types of their own microbatch
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 
@@ -179,3 +180,8 @@ def _under_logical_id(
 def moe_layers(model: torch.nn.Module) -> list[GroupedMoELayer]:
     """The MoE layers of a model chunk, in order."""
     return [module for module in model.modules() if isinstance(module, GroupedMoELayer)]
+
+
+def moe_layers_of(chunks: Iterable[torch.nn.Module]) -> list[GroupedMoELayer]:
+    """The MoE layers of a rank's model chunks, in order."""
+    return [layer for chunk in chunks for layer in moe_layers(chunk)]

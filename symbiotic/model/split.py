@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from symbiotic.errors import CheckpointError
+from symbiotic.model.expert_start import block_of_key
 from symbiotic.model.partition import ExpertPartition
 from symbiotic.model.routing import RoutingTable
 
@@ -44,7 +45,7 @@ def split_routers(
             raise CheckpointError(
                 f"{source}: {key} is one of several routers already; split the checkpoint of a model with one group"
             )
-        block = (int(match["layer"]) - 1) // 2
+        block = block_of_key(match)
         if block not in missing or tensor.shape[0] != partition.num_experts:
             raise CheckpointError(
                 f"{source}: {key} routes {tensor.shape[0]} experts in block {block}, the partition has "

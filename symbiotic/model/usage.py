@@ -10,7 +10,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from symbiotic.model.moe_layer import moe_layers
+from symbiotic.model.moe_layer import moe_layers_of
 from symbiotic.model.router import collect_usage
 from symbiotic.model.routing_metrics import Capacity, RoutingSums, RoutingTotals
 from symbiotic.tokens.types import NUM_TOKEN_TYPES
@@ -18,15 +18,14 @@ from symbiotic.tokens.types import NUM_TOKEN_TYPES
 
 def reset_usage(model_chunks: Iterable[nn.Module]) -> None:
     """Set all counters to zero."""
-    for chunk in model_chunks:
-        for layer in moe_layers(chunk):
-            layer.router.usage.zero_()
+    for layer in moe_layers_of(model_chunks):
+        layer.router.usage.zero_()
 
 
 @contextmanager
 def counting_usage(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
     """Inside, every forward pass counts, with gradients or without; counters start at zero."""
-    layers = [layer for chunk in model_chunks for layer in moe_layers(chunk)]
+    layers = moe_layers_of(model_chunks)
     before = [layer.router.usage_mode for layer in layers]
     reset_usage(model_chunks)
     for layer in layers:
@@ -40,20 +39,18 @@ def counting_usage(model_chunks: Sequence[nn.Module]) -> Iterator[None]:
 
 def start_recording(model_chunks: Iterable[nn.Module], capacity: Capacity) -> None:
     """Count and add up in the training passes from here on, from zero: for the log (see ``routing_metrics``)."""
-    for chunk in model_chunks:
-        for layer in moe_layers(chunk):
-            router = layer.router
-            router.usage.zero_()
-            router.usage_mode = "training"
-            router.sums = RoutingSums(capacity, device=router.usage.device)
+    for layer in moe_layers_of(model_chunks):
+        router = layer.router
+        router.usage.zero_()
+        router.usage_mode = "training"
+        router.sums = RoutingSums(capacity, device=router.usage.device)
 
 
 def stop_recording(model_chunks: Iterable[nn.Module]) -> None:
     """Record nothing in the passes from here on."""
-    for chunk in model_chunks:
-        for layer in moe_layers(chunk):
-            layer.router.usage_mode = "off"
-            layer.router.sums = None
+    for layer in moe_layers_of(model_chunks):
+        layer.router.usage_mode = "off"
+        layer.router.sums = None
 
 
 def gather_usage(model_chunks: Sequence[nn.Module], *, blocks: Sequence[int]) -> Tensor:
@@ -85,7 +82,7 @@ def gather_routing(model_chunks: Sequence[nn.Module], *, blocks: Sequence[int]) 
     packed = torch.zeros(
         len(blocks), NUM_TOKEN_TYPES, num_experts + 2, dtype=torch.float64, device=torch.cuda.current_device()
     )
-    for layer in (layer for chunk in model_chunks for layer in moe_layers(chunk)):
+    for layer in moe_layers_of(model_chunks):
         row = packed[list(blocks).index(layer.block)]
         row[:, :num_experts] = collect_usage([layer.router])[0]
         if layer.router.sums is not None:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from symbiotic.distributed.agreement import on_every_rank, on_rank_zero
 from symbiotic.errors import CheckpointError
 from symbiotic.files import replacing
-from symbiotic.model.moe_layer import GroupedMoELayer, moe_layers
+from symbiotic.model.moe_layer import GroupedMoELayer, moe_layers_of
 from symbiotic.model.router import GroupRouter
 from symbiotic.tokens.types import NUM_TOKEN_TYPES, TokenType
 from symbiotic.training.evaluation import HeldOut, evaluating
@@ -142,7 +142,7 @@ def capture_routing(chunks: Sequence[nn.Module], calibration: CalibrationTokens)
 
 @contextmanager
 def _recording(chunks: Sequence[nn.Module], first_token: Sequence[Tensor]) -> Iterator[dict[int, _Recorder]]:
-    layers = [layer for chunk in chunks for layer in moe_layers(chunk)]
+    layers = moe_layers_of(chunks)
     recorders = {layer.block: _Recorder(layer, first_token) for layer in layers}
     handles = [layer.router.register_forward_hook(recorders[layer.block]) for layer in layers]
     try:

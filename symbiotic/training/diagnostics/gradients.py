@@ -26,7 +26,7 @@ from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_du
 from torch import Tensor, nn
 
 from symbiotic.config.routing_defaults import GENERATED_TYPES
-from symbiotic.model.moe_layer import GroupedMoELayer, moe_layers
+from symbiotic.model.moe_layer import moe_layers_of
 from symbiotic.model.shield import GradientShield, scaled_weight_gradient
 from symbiotic.tokens.types import NUM_TOKEN_TYPES, LossClass, type_by_name
 from symbiotic.training.evaluation import parameters_gathered
@@ -118,7 +118,7 @@ class _Passes:
             for chunk in self._chunks:
                 unreduced.enter_context(chunk.no_sync())  # which zeroing the buffers ends
             run_schedule(self._chunks, batches, normaliser, forward_only=False)
-        return {layer.block: _reduced_shard(layer.shared_experts) for layer in _layers(self._chunks)}
+        return {layer.block: _reduced_shard(layer.shared_experts) for layer in moe_layers_of(self._chunks)}
 
 
 @contextmanager
@@ -128,7 +128,7 @@ def _measuring(chunks: Sequence[DistributedDataParallel]) -> Iterator[_Passes]:
     The layers stay in training mode, so that recompute saves memory as in training. The routers don't: no auxiliary
     loss, no jitter, nothing counted.
     """
-    config, routers = chunks[0].config, [layer.router for layer in _layers(chunks)]
+    config, routers = chunks[0].config, [layer.router for layer in moe_layers_of(chunks)]
     hooks = {name: getattr(config, name) for name in _SCHEDULE_HOOKS}
     modes = [(router.training, router.usage_mode) for router in routers]
     random = rng_state()
@@ -157,10 +157,6 @@ def _forget_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
         chunk.zero_grad_buffer()
         for parameter in chunk.parameters():
             parameter.grad = None  # an fp32 optimizer has left main_grad itself there
-
-
-def _layers(chunks: Sequence[nn.Module]) -> list[GroupedMoELayer]:
-    return [layer for chunk in chunks for layer in moe_layers(chunk)]
 
 
 def _reduced_shard(shared_experts: nn.Module) -> Tensor:
@@ -214,7 +210,7 @@ class _RowsOnly(nn.Module):
 @contextmanager
 def _rows_only(chunks: Sequence[nn.Module], factors: Tensor) -> Iterator[None]:
     """Inside, only rows of types with factor 1 send gradient into the shared experts' weights."""
-    layers = _layers(chunks)
+    layers = moe_layers_of(chunks)
     shields = [layer.shield for layer in layers]
     for layer in layers:
         layer.shield = _RowsOnly(layer.shield, factors.to(torch.cuda.current_device()))

@@ -13,7 +13,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel
 from torch import Tensor, nn
 
-from symbiotic.model.moe_layer import GroupedMoELayer, moe_layers
+from symbiotic.model.moe_layer import GroupedMoELayer, moe_layers_of
 from symbiotic.training.evaluation import HeldOut, SourceLosses, evaluate
 
 PROBES: Mapping[str, Callable[[GroupedMoELayer], nn.Module | None]] = {
@@ -44,7 +44,7 @@ def probe_losses(chunks: Sequence[DistributedDataParallel], sources: Mapping[str
 @contextmanager
 def switched_off(chunks: Sequence[nn.Module], part: Callable[[GroupedMoELayer], nn.Module | None]) -> Iterator[None]:
     """Inside, the output of ``part`` of every MoE layer is zero; None leaves the layer as it is."""
-    modules = [part(layer) for chunk in chunks for layer in moe_layers(chunk)]
+    modules = [part(layer) for layer in moe_layers_of(chunks)]
     handles = [module.register_forward_hook(_zeros) for module in modules if module is not None]
     try:
         yield
