@@ -12,5 +12,5 @@ COPY . .
 
 # The last line fails the build if torch, Transformer Engine or apex changed on the way.
 RUN python scripts/image_constraints.py write /tmp/constraints.txt \
-    && python -m pip install --constraint /tmp/constraints.txt --editable '.[dev]' \
+    && python -m pip install --constraint /tmp/constraints.txt --editable '.[data,dev]' \
     && python scripts/image_constraints.py check /tmp/constraints.txt

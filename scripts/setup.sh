@@ -51,5 +51,5 @@ rm -f $stamp
 # pip first: the one that comes with Python may not know --build-constraint.
 $venv/bin/python -m pip install -qq --constraint constraints/cpu.txt --upgrade pip
 $venv/bin/python -m pip install -qq --constraint constraints/cpu.txt --build-constraint constraints/cpu.txt \
-    --editable '.[dev]'
+    --editable '.[data,dev]'
 printf '%s\n' "$checksum" >$stamp

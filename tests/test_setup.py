@@ -45,7 +45,8 @@ def test_python_version_is_the_same_everywhere():
 
 def test_constraints_pin_every_dependency_inside_its_bounds():
     pinned = pins()
-    installed_by_setup = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]
+    extras = PROJECT["optional-dependencies"]
+    installed_by_setup = PROJECT["dependencies"] + extras["data"] + extras["dev"]
     for requirement in map(Requirement, installed_by_setup):
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"constraints/cpu.txt lacks {name}"
@@ -160,7 +161,7 @@ def test_second_setup_installs_nothing_until_a_pin_changes(fresh_folder: Path):
 
     assert run_setup(fresh_folder, *path).returncode == 0
     first = (fresh_folder / "calls").read_text().splitlines()
-    assert len(first) == 3 and "--editable .[dev]" in first[2] and "constraints/cpu.txt" in first[2]
+    assert len(first) == 3 and "--editable .[data,dev]" in first[2] and "constraints/cpu.txt" in first[2]
 
     assert run_setup(fresh_folder, *path).returncode == 0
     assert (fresh_folder / "calls").read_text().splitlines() == first

@@ -36,7 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("prefix", type=Path, metavar="PREFIX", help="path of a shard without ending")
     parser.add_argument("--document", action="append", default=[], help="id or number of a document; may be repeated")
     parser.add_argument("--vocabulary", type=Path, help="vocabulary layout (JSON) of the shard, to show documents")
-    parser.add_argument("--tokenizer", type=Path, help="SentencePiece tokenizer.model, to show documents")
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer.model or tokenizer.json, to show documents")
     parser.add_argument("--codec", type=Path, help="folder of the image codec, to decode images")
     parser.add_argument("--images", type=Path, help="folder to write the images of the documents to, as PNG")
     parser.add_argument("--html", type=Path, help="page to write, with the documents or else the first ones")

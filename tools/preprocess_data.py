@@ -11,71 +11,16 @@ OUTPUT.rejected.jsonl; more of them than --max-bad-records end the run with exit
 
 import argparse
 import sys
-import time
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Self
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from symbiotic.data.encoding import EncoderFiles
 from symbiotic.data.formats import FORMATS
 from symbiotic.data.plan import JobShare, Splits
-from symbiotic.data.preprocess import PreprocessOptions, PreprocessProgress, preprocess
+from symbiotic.data.preprocess import PreprocessOptions, preprocess
+from symbiotic.data.progress_display import ProgressDisplay
 from symbiotic.data.text_encoding import BACKENDS
 from symbiotic.errors import exits_on_user_error
 from symbiotic.tokens.tokenizer import Tokenizer
-
-PLAIN_INTERVAL_SECONDS = 10.0
-"""How often a line is printed where the output is no terminal."""
-
-
-class ProgressDisplay(AbstractContextManager):
-    """Shows progress: a bar with rate and time left on a terminal, plain lines elsewhere."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-        self._last_line = self._start
-        console = Console(stderr=True)
-        columns = (BarColumn(), DownloadColumn(), TextColumn("{task.fields[counts]}"), TimeRemainingColumn())
-        self._bar = Progress(*columns, console=console) if console.is_terminal else None
-        self._task = self._bar.add_task("preprocess", total=None, counts="") if self._bar else None
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def __call__(self, progress: PreprocessProgress) -> None:
-        """Show one state of the run."""
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(
-                self._task, total=progress.total_bytes, completed=progress.num_bytes, counts=self.counts(progress)
-            )
-        elif now - self._last_line >= PLAIN_INTERVAL_SECONDS:
-            self._last_line = now
-            print(self.line(progress, seconds=now - self._start), file=sys.stderr, flush=True)
-
-    def line(self, progress: PreprocessProgress, *, seconds: float) -> str:
-        """Share done, counts, and time left at the rate of this run."""
-        done = progress.num_bytes - progress.resumed_bytes
-        left = f"{seconds * (progress.total_bytes - progress.num_bytes) / done:.0f} s left" if done > 0 else "starting"
-        return f"{progress.num_bytes / max(progress.total_bytes, 1):4.0%}  {self.counts(progress)}, {left}"
-
-    def counts(self, progress: PreprocessProgress) -> str:
-        """Counts and rate as words."""
-        seconds = max(time.monotonic() - self._start, 1e-9)
-        rejected = f", {progress.num_rejected:,} rejected" if progress.num_rejected else ""
-        return (
-            f"{progress.num_documents:,} documents, {progress.num_tokens:,} tokens{rejected}, "
-            f"{(progress.num_bytes - progress.resumed_bytes) / seconds / 1e6:.1f} MB/s"
-        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -84,7 +29,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="files of records, in the shard's order")
     parser.add_argument("--output", type=Path, required=True, help="prefix of the shard's files")
     parser.add_argument("--vocabulary", type=Path, required=True, help="vocabulary layout (JSON)")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="SentencePiece tokenizer.model")
+    parser.add_argument(
+        "--tokenizer", type=Path, required=True, help="tokenizer.model of SentencePiece or tokenizer.json"
+    )
     parser.add_argument("--codec", type=Path, help="folder of the image codec, for images that stand as pixels")
     parser.add_argument("--image-root", type=Path, help="folder that image paths in records are relative to")
     parser.add_argument("--format", choices=FORMATS, default="record", help="layout of the corpus (default record)")

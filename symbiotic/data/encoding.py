@@ -14,6 +14,7 @@ import pyarrow as pa
 from symbiotic.data.blocks import DOCUMENT_SCHEMA, DocumentBlock
 from symbiotic.data.codecs import ImageCodec, load_codec, read_image
 from symbiotic.data.formats import CorpusFormat, corpus_format
+from symbiotic.data.image_files import ImageFile, ImageRoot
 from symbiotic.data.readers import RawRecord, Unreadable, parse
 from symbiotic.data.text_encoding import TextEncoder
 from symbiotic.errors import DataError
@@ -34,7 +35,7 @@ class EncoderFiles:
 
     Attributes:
         vocabulary: the layout's JSON file.
-        tokenizer: the SentencePiece model.
+        tokenizer: the SentencePiece model or tokenizer.json.
         codec: folder of the image codec, None where every image comes as codes.
         image_root: folder that image paths are relative to.
         backend: what encodes texts, one of `text_encoding.BACKENDS`; it doesn't change the ids.
@@ -69,11 +70,13 @@ class EncodedBatch:
         block: the documents, tokens as int32.
         num_bytes: bytes of input.
         rejections: records left out, in file order.
+        image_files: files under the image root that were read.
     """
 
     block: DocumentBlock
     num_bytes: int
     rejections: list[Rejection] = field(default_factory=list)
+    image_files: list[ImageFile] = field(default_factory=list)
 
     @property
     def ids(self) -> list[str]:
@@ -107,19 +110,20 @@ class DocumentEncoder:
         self.format: CorpusFormat = corpus_format(format)
         self.tokenizer = Tokenizer(files.tokenizer)
         self.codec: ImageCodec | None = load_codec(files.codec) if files.codec is not None else None
-        laid_out_for = (self.vocabulary.tokenizer_digest, self.vocabulary.text_size)
-        if laid_out_for != (self.tokenizer.digest, self.tokenizer.size):
+        # The text part of an imported model may have more rows than its tokenizer has pieces.
+        fits = self.tokenizer.size <= self.vocabulary.text_size
+        if self.vocabulary.tokenizer_digest != self.tokenizer.digest or not fits:
             raise DataError(
                 f"{files.vocabulary}: the vocabulary was laid out for another tokenizer than {files.tokenizer}; "
-                "give the tokenizer.model that was made with it"
+                "give the one that was made with it"
             )
         if self.codec is not None and self.codec.codebook_size != self.vocabulary.codebook_size:
             raise DataError(
                 f"{files.vocabulary}: the vocabulary has {self.vocabulary.codebook_size} image codes but the codec in "
                 f"{files.codec} has {self.codec.codebook_size}; give the codec that the vocabulary was laid out for"
             )
-        if files.image_root is not None and not files.image_root.is_dir():
-            raise DataError(f"{files.image_root}: the image root is no folder; give the one image paths start from")
+        self._images = ImageRoot(files.image_root)
+        self._image_files: list[ImageFile] = []
         self._encode_texts = TextEncoder(self.tokenizer, backend=files.backend)
 
     def encode_batch(self, records: Iterable[RawRecord | Unreadable]) -> EncodedBatch:
@@ -128,6 +132,7 @@ class DocumentEncoder:
         images: list[np.ndarray] = []
         rejections: list[Rejection] = []
         num_bytes = 0
+        self._image_files = []
         for record in records:
             num_bytes += record.num_bytes
             if isinstance(record, Unreadable):
@@ -145,7 +150,7 @@ class DocumentEncoder:
         if not block.lengths.all():
             block, without = _without_empty(block, documents)
             rejections = sorted(rejections + without, key=lambda rejection: rejection.line)
-        return EncodedBatch(block=block, num_bytes=num_bytes, rejections=rejections)
+        return EncodedBatch(block=block, num_bytes=num_bytes, rejections=rejections, image_files=self._image_files)
 
     def _assemble(self, documents: list[Document], *, images: list[np.ndarray]) -> DocumentBlock:
         """Put texts (tokenized all at once) and images back into reading order."""
@@ -206,16 +211,9 @@ class DocumentEncoder:
     def _pixels_to_codes(self, segment: ImageSegment) -> np.ndarray:
         if self.codec is None:
             raise DataError("it stands as pixels and no image codec was given; give --codec or records with tokens")
-        if segment.data is not None:
-            data = segment.data
-        elif self.files.image_root is None:
-            raise DataError(f"it stands as the path {segment.path!r} and no image root was given; give --image-root")
-        else:
-            path = self.files.image_root / segment.path
-            try:
-                data = path.read_bytes()
-            except OSError as error:
-                raise DataError(f"{path} can't be read ({error.strerror}); add the file or drop the record") from error
+        data, file = self._images.read(segment)
+        if file is not None:
+            self._image_files.append(file)
         return self.codec.encode(read_image(data, channels=self.codec.channels))
 
 

@@ -3,7 +3,8 @@
 A part is the done-marker of its chunk: it is renamed into place after it was flushed. Layout::
 
     blocks: tokens | i32 lengths | i8 modes | i32 segments of each document | document rows (Arrow stream)
-    rejected records as JSON lines | footer (JSON: where the blocks are) | u64 length of the footer | "SYMBPART"
+    rejected records as JSON lines | image files read (zlib, JSON) | footer (JSON: where the blocks are) |
+    u64 length of the footer | "SYMBPART"
 
 A block holds documents of one split; a chunk has as many blocks as it needs to keep memory small.
 """
@@ -11,7 +12,8 @@ A block holds documents of one split; a chunk has as many blocks as it needs to 
 import io
 import json
 import struct
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from symbiotic.data.blocks import DocumentBlock
+from symbiotic.data.image_files import ImageFile
 from symbiotic.errors import DataError
 
 _MAGIC = b"SYMBPART"
@@ -60,15 +63,18 @@ class PartWriter:
         self._write(rows.getvalue())
         self._blocks.append(entry)
 
-    def finish(self, rejected: list[dict[str, Any]]) -> None:
-        """Write the rejected records and the footer."""
+    def finish(self, rejected: list[dict[str, Any]], *, images: Sequence[ImageFile] = ()) -> None:
+        """Write the rejected records, the image files that were read, and the footer."""
         lines = b"".join(map(quarantine_line, rejected))
+        read = zlib.compress(json.dumps(images).encode())
         footer = {
             "dtype": self._dtype.name,
             "blocks": self._blocks,
             "rejected": {"offset": self._position, "bytes": len(lines), "records": len(rejected)},
+            "images": {"offset": self._position + len(lines), "bytes": len(read)},
         }
         self._write(lines)
+        self._write(read)
         text = json.dumps(footer).encode()
         self._write(text)
         self._write(_TAIL.pack(len(text), _MAGIC))
@@ -149,7 +155,7 @@ class Part:
                 raise _damaged(path) from error
         if footer is None:
             raise _damaged(path)
-        self._rejected = footer["rejected"]
+        self._rejected, self._images = footer["rejected"], footer["images"]
         itemsize = np.dtype(footer["dtype"]).itemsize
         self._blocks: list[tuple[str, PartBlock]] = [
             (
@@ -176,9 +182,16 @@ class Part:
 
     def rejected_lines(self) -> bytes:
         """The rejected records as JSON lines."""
+        return self._read(self._rejected)
+
+    def image_files(self) -> list[ImageFile]:
+        """The image files that were read for it."""
+        return [ImageFile(*entry) for entry in json.loads(zlib.decompress(self._read(self._images)))]
+
+    def _read(self, place: dict[str, int]) -> bytes:
         with open(self.path, "rb") as file:
-            file.seek(self._rejected["offset"])
-            return file.read(self._rejected["bytes"])
+            file.seek(place["offset"])
+            return file.read(place["bytes"])
 
 
 def _damaged(path: Path) -> DataError:

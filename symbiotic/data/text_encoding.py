@@ -1,4 +1,4 @@
-"""Texts to piece ids in bulk, by SentencePiece itself or by the faster gigatoken.
+"""Texts to piece ids in bulk, by the tokenizer's own library or, for SentencePiece models, by the faster gigatoken.
 
 gigatoken (an optional package) reads the same SentencePiece model. It is young, so it is compared with SentencePiece
 before it is used: on every piece by itself, and on mixtures of pieces, spaces, control characters and all scripts.
@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from symbiotic.errors import DataError
-from symbiotic.tokens.tokenizer import ROUND_TRIP_PROBE, Tokenizer
+from symbiotic.tokens.tokenizer import ROUND_TRIP_PROBE, SENTENCEPIECE_FILE, Tokenizer
 
 BACKENDS = ("sentencepiece", "gigatoken")
-"""Values of ``--tokenizer-backend``."""
+"""Values of ``--tokenizer-backend``; with the first, a tokenizer.json is encoded by the library ``tokenizers``."""
 
 _MIXTURES = 2000
 
@@ -63,6 +63,10 @@ class TextEncoder:
 
 
 def _load_gigatoken(tokenizer: Tokenizer) -> object:
+    if tokenizer.file_name != SENTENCEPIECE_FILE:
+        raise DataError(
+            f"{tokenizer.path}: gigatoken serves SentencePiece models only; leave --tokenizer-backend gigatoken out"
+        )
     try:
         import gigatoken
     except ImportError as error:

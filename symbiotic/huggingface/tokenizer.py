@@ -1,8 +1,10 @@
-"""From a SentencePiece model to the ``tokenizer.json`` of an exported folder, compared before it is used.
+"""From a tokenizer to the ``tokenizer.json`` of an exported folder, compared before it is used.
 
 Copying ``tokenizer.model`` and naming a transformers class is wrong for most models: normaliser, dummy prefix and
 byte fallback differ from class to class. So the pieces, merges and normaliser are written out, and the tokenizer
 that transformers loads from the folder must give SentencePiece's ids on every sample text.
+
+A corpus whose tokenizer is a ``tokenizer.json`` keeps it as it is, without a template that adds tokens around texts.
 
 The text controls of the vocabulary layout become special tokens, so that transformers knows ``eos_token_id`` and
 the like; ``split_special_tokens`` keeps a user's literal ``<|eod|>`` plain text.
@@ -20,7 +22,7 @@ from tokenizers import decoders, models, normalizers
 
 from symbiotic.errors import DataError
 from symbiotic.files import write_json
-from symbiotic.tokens.tokenizer import ROUND_TRIP_PROBE, Tokenizer
+from symbiotic.tokens.tokenizer import ROUND_TRIP_PROBE, SENTENCEPIECE_FILE, Tokenizer
 from symbiotic.tokens.vocabulary import TEXT_CONTROLS, VocabularyLayout
 
 SPACE = "\u2581"
@@ -82,6 +84,18 @@ def convert_sentencepiece(path: Path | str) -> tokenizers.Tokenizer:
     return result
 
 
+def plain_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    """A ``tokenizer.json`` without truncation, padding and post-processing: ids of texts and nothing around them.
+
+    A document of ours begins and ends with the layout's own controls; what a template would add the model never saw.
+    """
+    found = tokenizers.Tokenizer.from_file(str(path))
+    found.no_truncation()
+    found.no_padding()
+    found.post_processor = None
+    return found
+
+
 def _merges(proto: Any) -> list[tuple[str, str]]:
     """Merge rules in the order of SentencePiece's scores; a piece is merged from every pair that spells it.
 
@@ -110,12 +124,15 @@ def write_tokenizer(folder: Path, *, tokenizer: Tokenizer, layout: VocabularyLay
     if tokenizer.digest != layout.tokenizer_digest:
         raise DataError(
             f"{tokenizer.path}: its digest {tokenizer.digest[:12]} isn't that of the vocabulary's tokenizer, "
-            f"{layout.tokenizer_digest[:12]}; give the tokenizer.model that the corpus was written with"
+            f"{layout.tokenizer_digest[:12]}; give the tokenizer that the corpus was written with"
         )
-    converted = convert_sentencepiece(tokenizer.path)
+    is_sentencepiece = tokenizer.file_name == SENTENCEPIECE_FILE
+    converted = convert_sentencepiece(tokenizer.path) if is_sentencepiece else plain_tokenizer(tokenizer.path)
     controls = [control_spelling(name) for name in TEXT_CONTROLS]
+    # The text part of an imported model may have more rows than its tokenizer has pieces.
+    unused = [control_spelling(f"unused_{row}") for row in range(tokenizer.size, layout.text_size)]
     converted.add_special_tokens(
-        [tokenizers.AddedToken(spelling, special=True, normalized=False) for spelling in controls]
+        [tokenizers.AddedToken(spelling, special=True, normalized=False) for spelling in unused + controls]
     )
     for name, spelling in zip(TEXT_CONTROLS, controls, strict=True):
         if converted.token_to_id(spelling) != layout.controls[name]:
@@ -129,7 +146,7 @@ def write_tokenizer(folder: Path, *, tokenizer: Tokenizer, layout: VocabularyLay
         {
             "tokenizer_class": "PreTrainedTokenizerFast",
             **{role: control_spelling(name) for name, role in SPECIAL_TOKENS.items()},
-            "unk_token": converted.model.unk_token,
+            "unk_token": getattr(converted.model, "unk_token", None),
             "split_special_tokens": True,
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
@@ -141,7 +158,7 @@ def write_tokenizer(folder: Path, *, tokenizer: Tokenizer, layout: VocabularyLay
 
 
 def check_equal(folder: Path, *, tokenizer: Tokenizer, texts: Iterable[str]) -> None:
-    """Compare the folder's tokenizer, as transformers loads it, with SentencePiece on every text, both ways.
+    """Compare the folder's tokenizer, as transformers loads it, with the original on every text, both ways.
 
     Raises:
         DataError: a text has other ids or doesn't decode to the same text; it names the text.
@@ -155,8 +172,8 @@ def check_equal(folder: Path, *, tokenizer: Tokenizer, texts: Iterable[str]) -> 
         ids = loaded(text, add_special_tokens=False).input_ids
         if ids != expected:
             raise DataError(
-                f"{tokenizer.path}: transformers would encode {text[:60]!r} as {ids[:12]}, SentencePiece as "
-                f"{expected[:12]}; this model can't be exported, train one with tools/train_tokenizer.py"
+                f"{tokenizer.path}: transformers would encode {text[:60]!r} as {ids[:12]}, the tokenizer itself "
+                f"as {expected[:12]}; this model can't be exported, train one with tools/train_tokenizer.py"
             )
         # SentencePiece writes an unknown character as " \u2047 ", transformers as the piece's name.
         if loaded.unk_token_id not in expected and loaded.decode(ids) != tokenizer.decode(expected):

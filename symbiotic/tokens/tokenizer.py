@@ -1,4 +1,4 @@
-"""Text tokenizer: a thin wrapper around a SentencePiece model, with a digest and a round-trip check.
+"""Text tokenizer: a SentencePiece model or a ``tokenizer.json`` in a thin wrapper, with digest and round-trip check.
 
 Control tokens (end of document, begin of image, ...) aren't pieces: they are ids of the vocabulary layout,
 so nothing a user writes can turn into one.
@@ -13,6 +13,7 @@ import sentencepiece
 
 from symbiotic.errors import DataError
 from symbiotic.files import replacing
+from symbiotic.tokens.tokenizers_json import TokenizersModel
 
 ROUND_TRIP_PROBE = "def  f(x):\n\n\treturn 'two  spaces'  # naïve \u4e2d\u6587 \U0001f642 ½ ﬁ 12345\n"
 """Newlines, runs of spaces, digits, several scripts and two characters that Unicode normalisation replaces."""
@@ -37,36 +38,49 @@ TRAINING_OPTIONS = {
 """Options of SentencePiece training that keep every text intact (`Tokenizer.train`)."""
 
 
+SENTENCEPIECE_FILE, TOKENIZERS_FILE = "tokenizer.model", "tokenizer.json"
+"""Names that the two kinds of tokenizers have in folders of ours."""
+
+
+def tokenizer_beside(vocabulary: Path) -> Path:
+    """The tokenizer in a vocabulary layout's folder: ``tokenizer.json`` only where there is no ``tokenizer.model``."""
+    found = [vocabulary.with_name(name) for name in (SENTENCEPIECE_FILE, TOKENIZERS_FILE)]
+    return next((path for path in found if path.exists()), found[0])
+
+
 class Tokenizer:
-    """A SentencePiece model: text to piece ids and back.
+    """A SentencePiece model or a Hugging Face ``tokenizer.json``: text to piece ids and back.
 
     Attributes:
-        path: the model file.
+        path: the file.
+        file_name: what the file is called in folders of ours, by its kind.
         size: number of pieces; ids are [0, size).
-        digest: hexadecimal SHA-256 of the model file.
+        digest: hexadecimal SHA-256 of the file.
     """
 
     def __init__(self, path: Path | str) -> None:
-        """Load a model file.
+        """Load a file; a JSON object is a ``tokenizer.json``.
 
         Raises:
-            DataError: the file is missing or holds no SentencePiece model.
+            DataError: the file is missing or holds no tokenizer of either kind.
         """
         self.path = Path(path)
         try:
-            model = self.path.read_bytes()
+            content = self.path.read_bytes()
         except OSError as error:
             raise DataError(
-                f"{path}: the tokenizer can't be read ({error.strerror}); give a SentencePiece tokenizer.model"
+                f"{path}: the tokenizer can't be read ({error.strerror}); give a SentencePiece tokenizer.model or a "
+                "Hugging Face tokenizer.json"
             ) from error
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise DataError(f"{path}: not a SentencePiece model; train one with tools/train_tokenizer.py") from error
-        self.size: int = self._processor.vocab_size()
-        if self.size == 0:
-            raise DataError(f"{path}: the SentencePiece model has no pieces; train one with tools/train_tokenizer.py")
-        self.digest = hashlib.sha256(model).hexdigest()
+        self._model: _SentencePieceModel | TokenizersModel
+        if content.lstrip()[:1] == b"{":
+            self.file_name = TOKENIZERS_FILE
+            self._model = TokenizersModel(content, path=self.path)
+        else:
+            self.file_name = SENTENCEPIECE_FILE
+            self._model = _SentencePieceModel(content, path=self.path)
+        self.size: int = self._model.size
+        self.digest = hashlib.sha256(content).hexdigest()
 
     @classmethod
     def train(cls, texts: Iterable[str], *, size: int, path: Path | str) -> "Tokenizer":
@@ -91,11 +105,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> np.ndarray:
         """Piece ids of a text: int32 [pieces]."""
-        return np.asarray(self._processor.encode(text), dtype=np.int32)
+        return self._model.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Piece ids of several texts, one int32 [pieces] each; one thread, as callers spread work over processes."""
-        return self._processor.encode(list(texts), num_threads=1, return_type="numpy")
+        return self._model.encode_batch(texts)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of piece ids.
@@ -110,8 +124,30 @@ class Tokenizer:
                 f"{self.path}: id {int(wrong[0])} is no text piece (there are {self.size}); decode images and "
                 "controls with the vocabulary layout"
             )
-        return self._processor.decode(values.tolist())
+        return self._model.decode(values.tolist())
 
     def round_trips(self, text: str = ROUND_TRIP_PROBE) -> bool:
         """Whether a text survives encode and decode; a model with a lossy normaliser fails on the default probe."""
         return self.decode(self.encode(text)) == text
+
+
+class _SentencePieceModel:
+    """The model of a SentencePiece file; ``size`` is its number of pieces."""
+
+    def __init__(self, content: bytes, *, path: Path) -> None:
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=content)
+        except RuntimeError as error:
+            raise DataError(f"{path}: not a SentencePiece model; train one with tools/train_tokenizer.py") from error
+        self.size: int = self._processor.vocab_size()
+        if self.size == 0:
+            raise DataError(f"{path}: the SentencePiece model has no pieces; train one with tools/train_tokenizer.py")
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._processor.encode(text), dtype=np.int32)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return self._processor.encode(list(texts), num_threads=1, return_type="numpy")
+
+    def decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)

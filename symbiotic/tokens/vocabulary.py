@@ -24,6 +24,7 @@ import numpy as np
 
 from symbiotic.errors import DataError
 from symbiotic.files import write_json
+from symbiotic.strict_json import brief, parse_json
 
 LAYOUT_VERSION = 1
 """Version of the JSON file."""
@@ -39,6 +40,17 @@ DEFAULT_MULTIPLE = 1024
 
 DEFAULT_IMAGE_CONTROL_SLOTS = 64
 """Rows kept for image controls and resolutions, so that a new resolution doesn't move the codes."""
+
+
+MAX_ID = 2**31 - 1
+"""Largest id that a shard and a batch can hold."""
+
+
+def _check_count(value: Any, *, name: str, file: str) -> None:
+    if type(value) is not int or not 0 <= value <= MAX_ID:
+        raise DataError(
+            f"{file}: {name} is {brief(value)}, not a whole number from 0 to {MAX_ID}; build the vocabulary again"
+        )
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -244,25 +256,40 @@ class VocabularyLayout:
         version = tree.get("version") if isinstance(tree, dict) else None
         if version != LAYOUT_VERSION:
             raise DataError(
-                f"{file}: version {version!r} is no vocabulary layout this program reads (it reads {LAYOUT_VERSION}); "
-                "write the file again with tools/train_tokenizer.py --vocabulary"
+                f"{file}: version {brief(version)} is no vocabulary layout this program reads (it reads "
+                f"{LAYOUT_VERSION}); write the file again with tools/train_tokenizer.py --vocabulary"
             )
         try:
             used, padded = dict(tree["used"]), dict(tree["padded"])
-            resolutions = {int(row["id"]): (int(row["rows"]), int(row["columns"])) for row in used.pop("resolutions")}
-            controls = {str(name): int(token) for name, token in used.pop("controls").items()}
-            layout = cls(resolutions=resolutions, controls=controls, **used, **padded)
+            layout = cls(
+                text_size=used["text_size"],
+                controls=dict(used["controls"]),
+                resolutions={row["id"]: (row["rows"], row["columns"]) for row in used["resolutions"]},
+                image_offset=used["image_offset"],
+                codebook_size=used["codebook_size"],
+                tokenizer_digest=used["tokenizer_digest"],
+                text_part=padded["text_part"],
+                image_part=padded["image_part"],
+            )
             layout._check(file)
             written = tree["digest"]
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            # Also finds keys that no layout has, and an id that stands there twice.
+            same = {**layout.to_dict(), "digest": written} == tree
+        except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(
-                f"{file}: not a vocabulary layout ({error}); write it again with tools/train_tokenizer.py --vocabulary"
+                f"{file}: not a vocabulary layout ({type(error).__name__}: {brief(str(error))}); write it again with "
+                "tools/train_tokenizer.py --vocabulary"
             ) from error
+        if not same:
+            raise DataError(
+                f"{file}: not a vocabulary layout (it has keys or an order that no layout has); write it again with "
+                "tools/train_tokenizer.py --vocabulary"
+            )
         if written != layout.digest:
             raise DataError(
-                f"{file}: the digest {written} isn't that of its content, {layout.digest}: the file was edited; "
+                f"{file}: the digest {brief(written)} isn't that of its content, {layout.digest}: the file was edited; "
                 "write it again with tools/train_tokenizer.py --vocabulary"
             )
         return layout
@@ -279,7 +306,7 @@ class VocabularyLayout:
             DataError: the file is missing, isn't JSON, or holds no consistent layout.
         """
         try:
-            tree = json.loads(Path(path).read_text(encoding="utf-8"))
+            tree = parse_json(Path(path).read_bytes())
         except OSError as error:
             raise DataError(
                 f"{path}: the vocabulary can't be read ({error.strerror}); give the vocabulary.json of the corpus"
@@ -294,20 +321,23 @@ class VocabularyLayout:
         """Refuse a layout whose ids overlap, leave their part or aren't whole numbers."""
         missing = sorted({*TEXT_CONTROLS, *IMAGE_CONTROLS} ^ set(self.controls))
         if missing:
-            raise DataError(f"{file}: the controls {missing} are missing or unknown; build the vocabulary again")
+            raise DataError(f"{file}: the controls {brief(missing)} are missing or unknown; build the vocabulary again")
         counts = {
             "text_size": self.text_size,
             "codebook_size": self.codebook_size,
             "image_offset": self.image_offset,
             "text_part": self.text_part,
             "image_part": self.image_part,
+            **{f"controls.{name}": token for name, token in self.controls.items()},
         }
         for name, value in counts.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise DataError(f"{file}: {name} is {value!r}, not a whole number; build the vocabulary again")
+            _check_count(value, name=name, file=file)
+        for token, pair in self.resolutions.items():
+            for value in (token, *pair):
+                _check_count(value, name="a number of a resolution", file=file)
         if not isinstance(self.tokenizer_digest, str):
             raise DataError(
-                f"{file}: tokenizer_digest is {self.tokenizer_digest!r}, not text; build the vocabulary again"
+                f"{file}: tokenizer_digest is {brief(self.tokenizer_digest)}, not text; build the vocabulary again"
             )
         if any(rows < 1 or columns < 1 for rows, columns in self.resolutions.values()):
             raise DataError(f"{file}: a resolution has no rows or columns; give sizes such as 4x4")

@@ -2,6 +2,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from symbiotic.data import chunk_jobs
+from symbiotic.data import chunk_jobs, worker_pool
+from symbiotic.data.codecs import png_bytes
 from symbiotic.data.encoding import DocumentEncoder, EncoderFiles
 from symbiotic.data.formats import FORMATS
 from symbiotic.data.plan import JobShare, Splits, plan_chunks
@@ -21,7 +25,10 @@ from symbiotic.data.readers import RawRecord, read_documents
 from symbiotic.data.shards import FILE_SUFFIXES, DocumentRecord, Shard, ShardWriter, shard_path, verify_shard
 from symbiotic.errors import DataError
 from symbiotic.tokens.documents import TextSegment
+from symbiotic.tokens.tokenizer import Tokenizer
+from symbiotic.tokens.vocabulary import VocabularyLayout
 from tests.data.encoders import make_encoder_files, small_image, write_interleaved
+from tests.data.image_tokenizers import CODES, encode_directly, make_network, save_network
 from tests.support.repository import ROOT
 
 SUFFIXES = (*FILE_SUFFIXES.values(), ".manifest.json")
@@ -173,6 +180,30 @@ def test_impossible_shares_of_an_array(text):
         JobShare.parse(text)
 
 
+def test_a_job_whose_share_has_no_document_of_a_split(corpus, files, tmp_path):
+    """It writes the other shards, takes away what stood in that one's place, and its neighbours have all documents."""
+    splits = Splits.parse(["rare=0.015"])
+    run(corpus, tmp_path / "whole", files, splits=splits, chunk_bytes=2000)
+    rare = Shard.open(tmp_path / "whole_rare").read_documents().to_pylist()
+    stale = [tmp_path / f"shard_rare-0000{index}-of-00008" for index in range(8)]
+    for prefix in stale:
+        shutil.copyfile(shard_path(tmp_path / "whole_rare", ".manifest.json"), shard_path(prefix, ".manifest.json"))
+    found, without = [], 0
+    for index in range(8):
+        options = {"splits": splits, "chunk_bytes": 2000, "job": JobShare(index, 8)}
+        result = run(corpus, tmp_path / "shard", files, **options)
+        again = run(corpus, tmp_path / "shard", files, **options, resume=True)
+        assert again.manifests == result.manifests
+        without += stale[index] not in result.manifests
+        if stale[index] in result.manifests:
+            found += Shard.open(stale[index]).read_documents().to_pylist()
+        else:
+            assert not list(tmp_path.glob(f"{stale[index].name}*"))
+    assert without > 0 and found == rare
+    with pytest.raises(DataError, match="no document fell to none; raise its share"):
+        run(corpus, tmp_path / "shard", files, splits=Splits.parse(["none=.000001"]))
+
+
 def test_quarantine_names_file_line_and_reason(corpus, files, tmp_path):
     spoil(corpus[0], 7)
     spoil(corpus[1], 20)
@@ -193,7 +224,7 @@ def test_one_bad_record_too_many_ends_without_a_shard(corpus, files, tmp_path):
     assert sorted(path.name for path in tmp_path.glob("*shard*")) == ["shard.rejected.jsonl"]
     run(corpus, tmp_path / "shard", files, max_bad_records=3)
     before = shard_bytes(tmp_path / "shard")
-    with pytest.raises(DataError):
+    with pytest.raises(DataError, match=r"nothing was written; .*shard\.manifest\.json is an earlier run's"):
         run(corpus, tmp_path / "shard", files)
     assert shard_bytes(tmp_path / "shard") == before
 
@@ -308,13 +339,13 @@ def test_an_output_that_cannot_be_made_is_named(corpus, files, tmp_path):
         run(corpus, tmp_path / "file" / "shard", files)
 
 
-def _kill_this_process(job: chunk_jobs.ChunkJob) -> None:
+def _kill_this_process(job: worker_pool.ChunkJob) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_worker_is_one_sentence(corpus, files, tmp_path, monkeypatch):
-    monkeypatch.setattr(chunk_jobs, "_work", _kill_this_process)
-    with pytest.raises(DataError, match="a preprocessing process was killed"):
+    monkeypatch.setattr(worker_pool, "_work", _kill_this_process)
+    with pytest.raises(DataError, match="a worker process was killed"):
         run(corpus, tmp_path / "shard", files, workers=2)
     assert not list(tmp_path.glob("*shard*"))
 
@@ -377,6 +408,88 @@ def test_the_commands_make_a_corpus_and_name_mistakes(corpus, tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith(f"error: {pictures}:1: image in segment 1: it stands as the path '0.png'")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_tokenizer_json_goes_all_the_way(corpus, tmp_path):
+    """From the command that lays out its vocabulary to shards with the library's own ids."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    made.train_from_iterator(
+        ["draw and read seven"],
+        trainers.BpeTrainer(special_tokens=["</s>"], initial_alphabet=alphabet, show_progress=False),
+    )
+    made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    made.save(str(tmp_path / "theirs.json"))
+    copy, vocabulary = tmp_path / "tokenizer.json", tmp_path / "vocabulary.json"
+    layout = ("--output", copy, "--vocabulary", vocabulary, "--codebook-size", 16, "--resolution", "2x2")
+    result = tool("train_tokenizer.py", "--tokenizer-json", tmp_path / "theirs.json", *layout)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert copy.read_bytes() == (tmp_path / "theirs.json").read_bytes()
+    for wrong, message in (
+        (("--tokenizer-json", corpus[0]), "not a tokenizer.json"),
+        (("--tokenizer-json", copy, "--size", 300), "--size goes with --input"),
+        (("--input", corpus[0]), "--size goes with --input"),
+    ):
+        result = tool("train_tokenizer.py", *wrong, *layout)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+        assert message in result.stderr
+
+    lines = corpus[1].read_text().splitlines()
+    literal = {"id": "literal", "segments": [{"type": "text", "text": "</s> draw"}]}
+    corpus[1].write_text("\n".join([*lines, json.dumps(literal)]) + "\n")
+    for workers in (1, 2):
+        files = EncoderFiles(vocabulary=vocabulary, tokenizer=copy)
+        run(corpus, tmp_path / f"shard-{workers}", files, workers=workers, chunk_bytes=4000)
+    assert shard_bytes(tmp_path / "shard-1")[:2] == shard_bytes(tmp_path / "shard-2")[:2]
+    layout = VocabularyLayout.load(vocabulary)
+    assert layout.eod >= layout.text_size == made.get_vocab_size()
+    shard = Shard.open(tmp_path / "shard-1", vocabulary=layout)
+    made.encode_special_tokens = True
+    texts = [
+        made.encode(segment.text, add_special_tokens=False).ids
+        for document in read_documents(corpus)
+        for segment in document.segments
+        if isinstance(segment, TextSegment)
+    ]
+    found = [shard.document(number) for number in range(shard.num_documents)]
+    assert [tokens.tolist() for segments in found for tokens, mode in segments if mode & 0x0F == 0] == texts
+    assert 0 not in texts[-1]
+    with pytest.raises(DataError, match="gigatoken serves SentencePiece models only"):
+        DocumentEncoder(EncoderFiles(vocabulary=vocabulary, tokenizer=copy, backend="gigatoken"))
+    other = tmp_path / "other.json"
+    other.write_bytes(copy.read_bytes() + b"\n")
+    with pytest.raises(DataError, match="the vocabulary was laid out for another tokenizer"):
+        DocumentEncoder(EncoderFiles(vocabulary=vocabulary, tokenizer=other))
+
+
+def test_images_are_encoded_on_the_fly_by_a_network(tmp_path):
+    """A network of transformers behind --codec, in one process and in two."""
+    folder = save_network("janus", make_network("janus"), tmp_path / "janus")
+    tokenizer = Tokenizer.train(["draw and read seven pictures " * 20], size=280, path=tmp_path / "tokenizer.model")
+    layout = VocabularyLayout.build(
+        text_size=280, codebook_size=CODES, resolutions=[(3, 4)], tokenizer_digest=tokenizer.digest, multiple=64
+    )
+    layout.save(tmp_path / "vocabulary.json")
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 6, 8, 3), dtype=np.uint8)
+    lines = [
+        json.dumps({"id": str(number), "segments": [{"type": "image", "image": f"{number}.png", "use": "generate"}]})
+        for number in range(len(pixels))
+    ]
+    for number, one in enumerate(pixels):
+        (tmp_path / f"{number}.png").write_bytes(png_bytes(one))
+    (tmp_path / "corpus.jsonl").write_text("\n".join(lines) + "\n")
+    files = EncoderFiles(
+        vocabulary=tmp_path / "vocabulary.json", tokenizer=tokenizer.path, codec=folder, image_root=tmp_path
+    )
+    for workers in (1, 2):
+        run([tmp_path / "corpus.jsonl"], tmp_path / f"shard-{workers}", files, workers=workers, chunk_bytes=200)
+    assert shard_bytes(tmp_path / "shard-1")[:2] == shard_bytes(tmp_path / "shard-2")[:2]
+    shard = Shard.open(tmp_path / "shard-1", vocabulary=layout)
+    expected = encode_directly("janus", make_network("janus"), pixels)
+    for number, codes in enumerate(expected):
+        ((tokens, _),) = shard.document(number)
+        assert (tokens[1:].astype(np.int64) - layout.image_offset).tolist() == codes.reshape(-1).tolist()
 
 
 def test_every_format_and_container_ends_in_a_shard_of_the_same_documents(files, tmp_path):

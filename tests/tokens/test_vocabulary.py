@@ -105,6 +105,14 @@ def test_ids_are_read_from_the_file_not_computed_again(edit):
         (lambda tree: tree["used"].update(text_size="1000"), "text_size is '1000', not a whole number"),
         (lambda tree: tree["padded"].update(image_part=64), "overlap or leave their part"),
         (lambda tree: tree["used"]["resolutions"][0].update(rows=0), "no rows or columns"),
+        (lambda tree: tree["used"]["resolutions"][0].update(rows=4.0), "a number of a resolution is 4.0, not a whole"),
+        (lambda tree: tree["used"]["controls"].update(eod="1001"), "controls.eod is '1001', not a whole number"),
+        (
+            lambda tree: tree["used"].update(codebook_size=2**31),
+            "codebook_size is 2147483648, not a whole number from 0",
+        ),
+        (lambda tree: tree.update(surprise=1), "it has keys or an order that no layout has"),
+        (lambda tree: tree["used"]["resolutions"].reverse(), "it has keys or an order that no layout has"),
     ],
 )
 def test_edited_files_are_refused_by_name(edit, change, message):

@@ -1,70 +1,15 @@
-"""Image codecs: pixels to a grid of codes and back.
-
-A codec is a folder with `codec.json`, whose ``kind`` says which class reads it. Pixels are uint8
-[height, width, channels]; a codec of stride s turns them into codes [height / s, width / s].
-"""
+"""The patch codebook: a small codec of our own, for tests, examples and pictures of few grey levels."""
 
 import hashlib
-import io
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
 
+from symbiotic.data.codecs.description import CODEC_VERSION, DESCRIPTION_FILE, read_description
+from symbiotic.data.codecs.pixels import check_codes, check_pixels
 from symbiotic.errors import DataError
 from symbiotic.files import replacing, write_json
-
-CODEC_VERSION = 1
-_PILLOW_MODES = {1: "L", 3: "RGB"}
-
-
-class ImageCodec(Protocol):
-    """What preprocessing and generation need of an image tokenizer.
-
-    Attributes:
-        codebook_size: number of codes; ids are [0, codebook_size).
-        stride: pixels a code covers in each direction.
-        channels: 1 (grey) or 3 (RGB).
-        digest: hexadecimal digest of everything that determines codes and pixels.
-    """
-
-    codebook_size: int
-    stride: int
-    channels: int
-    digest: str
-
-    def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """Codes int64 [height / stride, width / stride] of pixels uint8 [height, width, channels]."""
-        ...
-
-    def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Pixels uint8 [rows * stride, columns * stride, channels] of codes [rows, columns]."""
-        ...
-
-
-def read_image(data: bytes, *, channels: int) -> np.ndarray:
-    """Pixels uint8 [height, width, channels] of an image file's content.
-
-    Raises:
-        DataError: the bytes are no complete image that Pillow can read.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.asarray(image.convert(_PILLOW_MODES[channels]))
-    # Pillow's plug-ins report damaged files by each of these.
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"the image can't be decoded ({error}); write it again as PNG or JPEG") from error
-    return pixels.reshape(pixels.shape[0], pixels.shape[1], channels)
-
-
-def png_bytes(pixels: np.ndarray) -> bytes:
-    """The PNG file of pixels uint8 [height, width, 1 or 3]."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def to_patches(pixels: np.ndarray, stride: int) -> np.ndarray:
@@ -81,6 +26,7 @@ class PatchCodebook:
     """
 
     KIND = "patch"
+    can_decode = True
 
     def __init__(self, centres: np.ndarray, *, stride: int, channels: int) -> None:
         """Args:
@@ -118,7 +64,7 @@ class PatchCodebook:
         channels: int | None = None
         for pixels in images:
             channels = channels or pixels.shape[2]
-            _check_pixels(pixels, stride=stride, channels=channels)
+            check_pixels(pixels, stride=stride, channels=channels)
             patches = to_patches(pixels, stride)
             by_size.setdefault(patches.shape[:2], []).append(patches.reshape(-1, patches.shape[-1]))
         if channels is None:
@@ -144,10 +90,14 @@ class PatchCodebook:
         Raises:
             DataError: the pixels have other channels or a size that the stride doesn't divide.
         """
-        _check_pixels(pixels, stride=self.stride, channels=self.channels)
+        check_pixels(pixels, stride=self.stride, channels=self.channels)
         patches = to_patches(pixels, self.stride).astype(np.int64)
         # The patch's own square is the same for every centre and is left out of the distance.
         return np.argmin(self._squares - patches @ self._twice_centres, axis=-1)
+
+    def encode_batch(self, pixels: np.ndarray) -> np.ndarray:
+        """Codes int64 [images, rows, columns] of images of one size, uint8 [images, height, width, channels]."""
+        return np.stack([self.encode(one) for one in pixels])
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Pixels uint8 [rows * stride, columns * stride, channels] of codes [rows, columns].
@@ -156,11 +106,7 @@ class PatchCodebook:
             DataError: a code is outside the codebook.
         """
         codes = np.asarray(codes)
-        wrong = codes[(codes < 0) | (codes >= self.codebook_size)]
-        if wrong.size:
-            raise DataError(
-                f"code {int(wrong[0])} is outside the codebook of {self.codebook_size}; give codes, not vocabulary ids"
-            )
+        check_codes(codes, codebook_size=self.codebook_size)
         rows, columns = codes.shape
         grid = self.centres[codes].reshape(rows, columns, self.stride, self.stride, self.channels)
         return grid.transpose(0, 2, 1, 3, 4).reshape(rows * self.stride, columns * self.stride, self.channels)
@@ -172,7 +118,7 @@ class PatchCodebook:
         with replacing(folder / "centres.npy") as file:
             np.save(file, self.centres)
         write_json(
-            folder / "codec.json",
+            folder / DESCRIPTION_FILE,
             {
                 "version": CODEC_VERSION,
                 "kind": self.KIND,
@@ -190,7 +136,7 @@ class PatchCodebook:
         Raises:
             DataError: a file is missing or damaged, or the centres aren't those the JSON was written for.
         """
-        description = _read_description(folder)
+        description = read_description(folder)
         path = Path(folder) / "centres.npy"
         try:
             centres = np.load(path, allow_pickle=False)
@@ -207,51 +153,3 @@ class PatchCodebook:
                 "tools/fit_codebook.py"
             )
         return codec
-
-
-def _check_pixels(pixels: np.ndarray, *, stride: int, channels: int) -> None:
-    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != channels:
-        raise DataError(
-            f"pixels of shape {pixels.shape} and type {pixels.dtype} don't fit the codec; "
-            f"give uint8 [height, width, {channels}]"
-        )
-    height, width = pixels.shape[:2]
-    if height == 0 or width == 0 or height % stride or width % stride:
-        raise DataError(
-            f"an image of {height}x{width} pixels can't be cut into patches of {stride}x{stride}; resize it first"
-        )
-
-
-def _read_description(folder: Path | str) -> dict[str, Any]:
-    path = Path(folder) / "codec.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(
-            f"{path}: the image codec can't be read ({error.strerror}); give a folder of tools/fit_codebook.py"
-        ) from error
-    except ValueError as error:
-        raise DataError(f"{path}: damaged image codec ({error}); write it again with tools/fit_codebook.py") from error
-    version = description.get("version") if isinstance(description, dict) else None
-    if version != CODEC_VERSION:
-        raise DataError(
-            f"{path}: version {version!r} of an image codec isn't known (this program reads {CODEC_VERSION}); "
-            "write it again with tools/fit_codebook.py"
-        )
-    return description
-
-
-CODECS: dict[str, type[PatchCodebook]] = {PatchCodebook.KIND: PatchCodebook}
-"""The class that reads a codec folder, by the ``kind`` in its codec.json."""
-
-
-def load_codec(folder: Path | str) -> ImageCodec:
-    """Open a codec folder by the ``kind`` in its codec.json.
-
-    Raises:
-        DataError: the folder holds no codec this program knows, or a damaged one.
-    """
-    kind = _read_description(folder).get("kind")
-    if kind not in CODECS:
-        raise DataError(f"{Path(folder) / 'codec.json'}: unknown kind of codec {kind!r}; known: {', '.join(CODECS)}")
-    return CODECS[kind].load(folder)

@@ -1,0 +1,43 @@
+"""What preprocessing, evaluation and generation need of an image tokenizer."""
+
+from typing import Protocol
+
+import numpy as np
+
+
+class ImageCodec(Protocol):
+    """Pixels uint8 [height, width, channels] to codes [height / stride, width / stride], and back.
+
+    Attributes:
+        codebook_size: number of codes; ids are [0, codebook_size).
+        stride: pixels a code covers in each direction.
+        channels: 1 (grey) or 3 (RGB).
+        digest: hexadecimal digest of everything that determines codes and pixels.
+        can_decode: whether `decode` works; some image tokenizers come without their decoder.
+    """
+
+    codebook_size: int
+    stride: int
+    channels: int
+    digest: str
+    can_decode: bool
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        """Codes int64 [height / stride, width / stride] of pixels uint8 [height, width, channels].
+
+        Raises:
+            DataError: the pixels have other channels or a size that the stride doesn't divide.
+        """
+        ...
+
+    def encode_batch(self, pixels: np.ndarray) -> np.ndarray:
+        """Codes int64 [images, height / stride, width / stride] of images of one size, uint8 [images, ...]."""
+        ...
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Pixels uint8 [rows * stride, columns * stride, channels] of codes [rows, columns].
+
+        Raises:
+            DataError: a code is outside the codebook, or the codec can't decode.
+        """
+        ...

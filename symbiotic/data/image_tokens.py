@@ -1,0 +1,321 @@
+"""Image tokenization: records with pictures in, the same records with codes out, ready for preprocessing.
+
+A run goes like preprocessing (`preprocess`): chunks by the input alone, parts that are there are done, and the same
+bytes whatever the number of processes and of restarts. At the end all files of records are moved to the folder OUTPUT
+at once, with a manifest: a folder that is there is whole. ``OUTPUT.rejected.jsonl`` lists records that can't be used.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from symbiotic.data.chunked_run import ChunkedRun, Report, RunOptions, read_json
+from symbiotic.data.codecs import ImageCodec, load_codec
+from symbiotic.data.formats import corpus_format
+from symbiotic.data.image_fit import ImageFit
+from symbiotic.data.image_tokens_chunk import (
+    COMPRESSIONS,
+    FILES_FOLDER,
+    RecordsPart,
+    RecordTokenizer,
+    tokenize_chunk,
+)
+from symbiotic.data.plan import default_chunk_bytes, output_prefix
+from symbiotic.data.readers import check_inputs
+from symbiotic.data.worker_pool import ChunkWork
+from symbiotic.errors import DataError
+from symbiotic.files import fsync_folder, write_json
+from symbiotic.tokens.vocabulary import VocabularyLayout
+
+MANIFEST_FILE = "manifest.json"
+MANIFEST_VERSION = 1
+
+DEVICES = ("cpu", "cuda")
+DEFAULT_BATCH_SIZE = {"cpu": 1, "cuda": 32}
+"""A processor gains nothing from larger batches; a GPU does."""
+
+_PACKAGES = ("pillow", "numpy", "torch", "transformers", "diffusers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeSettings:
+    """What the codes depend on, beside the input.
+
+    Attributes:
+        codec: folder of the image codec.
+        image_root: folder that image paths are relative to.
+        vocabulary: layout whose codebook and resolutions the codes must fit; None allows every size.
+        format: layout of the corpus, a key of `formats.FORMATS`.
+        fit: what is done to pictures; without sizes it takes those of the vocabulary's resolutions.
+        batch_size: images encoded at once; None takes `DEFAULT_BATCH_SIZE`.
+        device: one of `DEVICES`; None takes a GPU if there is one and the codec is a network.
+        compression: of the files of records, one of `COMPRESSIONS`.
+    """
+
+    codec: Path
+    image_root: Path | None = None
+    vocabulary: Path | None = None
+    format: str = "record"
+    fit: ImageFit = field(default_factory=ImageFit)
+    batch_size: int | None = None
+    device: str | None = None
+    compression: str = "zst"
+
+    def __post_init__(self) -> None:
+        if self.batch_size is not None and self.batch_size < 1:
+            raise DataError(f"--batch-size {self.batch_size} isn't possible; give at least 1")
+        if self.device is not None and self.device not in DEVICES:
+            raise DataError(f"--device {self.device!r} isn't known; give one of {', '.join(DEVICES)}")
+        if self.compression not in COMPRESSIONS:
+            raise DataError(f"--compression {self.compression!r} isn't known; give one of {', '.join(COMPRESSIONS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeResult:
+    """What a finished run wrote: folder, manifest, counts, and the quarantine file if any."""
+
+    folder: Path
+    manifest: dict[str, Any]
+    rejected_file: Path | None
+
+
+def tokenize_images(
+    inputs: Sequence[Path | str],
+    *,
+    output: Path | str,
+    settings: TokenizeSettings,
+    options: RunOptions | None = None,
+    report: Report | None = None,
+) -> TokenizeResult:
+    """Write the records of input files with codes in place of their pictures.
+
+    Args:
+        inputs: files of records, in the order of the output.
+        output: folder to write; a job of an array adds its number.
+        settings: what the codes depend on.
+        options: how to go about the work.
+        report: called now and then, and when all is counted.
+
+    Raises:
+        DataError: a file is missing or wrong, no record is left, more records are bad than allowed, or the parts of
+            an earlier run don't belong to this one.
+    """
+    options = options or RunOptions()
+    total = check_inputs(inputs, format=settings.format)
+    settings, codec = resolve(settings)
+    chunk_bytes = options.chunk_bytes or default_chunk_bytes(total)
+    identity = _fingerprint(inputs, settings=settings, codec=codec, options=options, chunk_bytes=chunk_bytes)
+    folder = output_prefix(output, split="", job=options.job)
+    _check_output(folder)
+    run = ChunkedRun(
+        folder,
+        identity=identity,
+        options=options,
+        written=[folder / MANIFEST_FILE],
+        image_root=settings.image_root,
+        open_part=RecordsPart.open,
+    )
+    with run.locked():
+        if options.resume and (finished := _finished(folder, run, identity=identity)):
+            run.drop_parts()  # a kill may have come between the output and their removal
+            return finished
+        chunks = run.plan(inputs, chunk_bytes=chunk_bytes)
+        start = partial(
+            start_tokenizing,
+            codec=codec if options.workers == 1 else None,
+            settings=settings,
+            limit=options.max_bad_records,
+        )
+        progress = run.work(chunks, start=start, report=report or (lambda progress: None))
+        manifest = _assemble(folder, run, num_parts=len(chunks), identity=identity, codec=codec)
+    return TokenizeResult(
+        folder=folder, manifest=manifest, rejected_file=run.rejected if progress.num_rejected else None
+    )
+
+
+def resolve(settings: TokenizeSettings) -> tuple[TokenizeSettings, ImageCodec]:
+    """Settings without defaults, and the codec on its device.
+
+    Raises:
+        DataError: codec, vocabulary and sizes don't belong together, or there is no such device.
+    """
+    codec = load_codec(settings.codec)
+    # Only networks have a device; asking torch for a GPU would load it for the others.
+    device = _device(settings.device) if hasattr(codec, "device") else "cpu"
+    if device != "cpu":
+        codec = load_codec(settings.codec, device=device)
+    vocabulary = _load_vocabulary(settings.vocabulary, codec=codec, folder=settings.codec)
+    fit = settings.fit
+    if vocabulary is not None and not fit.sizes:
+        sizes = [(rows * codec.stride, columns * codec.stride) for rows, columns in vocabulary.resolutions.values()]
+        fit = replace(fit, sizes=tuple(sizes))
+    fit.check_sizes()
+    for height, width in fit.sizes:
+        if height % codec.stride or width % codec.stride:
+            raise DataError(
+                f"--size {height}x{width} isn't a multiple of the codec's stride of {codec.stride} pixels; round it"
+            )
+        if vocabulary is not None:
+            vocabulary.resolution_id(height // codec.stride, width // codec.stride)
+    batch_size = settings.batch_size or DEFAULT_BATCH_SIZE[device]
+    return replace(settings, fit=fit, batch_size=batch_size, device=device), codec
+
+
+def _device(wanted: str | None) -> str:
+    import torch
+
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise DataError("--device cuda: torch sees no GPU here; leave --device out to use the processor")
+    return wanted or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load_vocabulary(path: Path | None, *, codec: ImageCodec, folder: Path) -> VocabularyLayout | None:
+    if path is None:
+        return None
+    vocabulary = VocabularyLayout.load(path)
+    if vocabulary.codebook_size != codec.codebook_size:
+        raise DataError(
+            f"{path}: the vocabulary has {vocabulary.codebook_size} image codes but the codec in {folder} has "
+            f"{codec.codebook_size}; give the codec that the vocabulary was laid out for"
+        )
+    return vocabulary
+
+
+def make_tokenizer(settings: TokenizeSettings, codec: ImageCodec) -> RecordTokenizer:
+    """The tokenizer of resolved settings."""
+    return RecordTokenizer(
+        codec,
+        fit=settings.fit,
+        format=corpus_format(settings.format),
+        image_root=settings.image_root,
+        vocabulary=VocabularyLayout.load(settings.vocabulary) if settings.vocabulary is not None else None,
+        batch_size=settings.batch_size,
+    )
+
+
+def start_tokenizing(number: int, *, codec: ImageCodec | None, settings: TokenizeSettings, limit: int) -> ChunkWork:
+    """The work of process ``number``; a process of its own loads its own codec, on the GPU whose turn it is."""
+    if codec is None:
+        device = settings.device
+        if device == "cuda":
+            import torch
+
+            device = f"cuda:{number % torch.cuda.device_count()}"
+        codec = load_codec(settings.codec, device=device)
+    tokenizer = make_tokenizer(settings, codec)
+    return partial(tokenize_chunk, tokenizer=tokenizer, compression=settings.compression, limit=limit)
+
+
+def _fingerprint(
+    inputs: Sequence[Path | str],
+    *,
+    settings: TokenizeSettings,
+    codec: ImageCodec,
+    options: RunOptions,
+    chunk_bytes: int,
+) -> dict[str, Any]:
+    """What a finished part depends on, beside the files of images, which every part lists."""
+    states = [Path(path).stat() for path in inputs]
+    return {
+        "version": MANIFEST_VERSION,
+        "input": [[str(path), state.st_size, state.st_mtime_ns] for path, state in zip(inputs, states, strict=True)],
+        "format": settings.format,
+        "codec": codec.digest,
+        "vocabulary": VocabularyLayout.load(settings.vocabulary).digest if settings.vocabulary else None,
+        "image_root": str(settings.image_root) if settings.image_root else None,
+        "fit": asdict(settings.fit) | {"sizes": [list(size) for size in settings.fit.sizes]},
+        "batch_size": settings.batch_size,
+        "device": settings.device,
+        "compression": settings.compression,
+        "shard": [options.job.index, options.job.count],
+        "chunk_bytes": chunk_bytes,
+    }
+
+
+def _check_output(folder: Path) -> None:
+    """Refuse a folder that holds something else."""
+    if folder.exists() and not (folder.is_dir() and ((folder / MANIFEST_FILE).exists() or not any(folder.iterdir()))):
+        raise DataError(f"{folder}: there is something else than tokenized records; give another --output")
+
+
+def _finished(folder: Path, run: ChunkedRun[RecordsPart], *, identity: dict[str, Any]) -> TokenizeResult | None:
+    """The result of an earlier run of this fingerprint whose files are all there."""
+    manifest = read_json(folder / MANIFEST_FILE)
+    if manifest is None or manifest.get("fingerprint") != identity:
+        return None
+    for entry in manifest["files"]:
+        path = folder / entry["name"]
+        if not path.exists() or path.stat().st_size != entry["bytes"]:
+            return None
+    return TokenizeResult(
+        folder=folder, manifest=manifest, rejected_file=run.rejected if manifest["rejected"] else None
+    )
+
+
+def _assemble(
+    folder: Path, run: ChunkedRun[RecordsPart], *, num_parts: int, identity: dict[str, Any], codec: ImageCodec
+) -> dict[str, Any]:
+    """Write the manifest beside the files of records and move them to their place at once."""
+    files: list[dict[str, Any]] = []
+    resolutions: Counter[str] = Counter()
+    num_codes, num_rejected, num_images, images = 0, 0, 0, hashlib.sha256()
+    for number in range(num_parts):
+        part = run.part(number)
+        files.append(part.file)
+        resolutions += part.resolutions
+        num_codes, num_rejected = num_codes + part.num_tokens, num_rejected + part.num_rejected
+        for image in part.image_files():
+            num_images += 1
+            images.update(f"{image.size} {image.mtime_ns} {image.path}\n".encode("utf-8", "surrogateescape"))
+    num_documents = sum(entry["documents"] for entry in files)
+    if not num_documents:
+        raise DataError(f"{folder}: the corpus gave no document; nothing was written")
+    manifest = {
+        "version": MANIFEST_VERSION,
+        "fingerprint": identity,
+        "codec": {
+            "class": type(codec).__name__,
+            "codebook_size": codec.codebook_size,
+            "stride": codec.stride,
+            "channels": codec.channels,
+        },
+        "documents": num_documents,
+        "images": resolutions.total(),
+        "codes": num_codes,
+        "resolutions": dict(sorted(resolutions.items())),
+        "rejected": num_rejected,
+        "image_files": {"count": num_images, "sha256": images.hexdigest()},
+        "made_with": _versions(),
+        "files": files,
+    }
+    made = run.folder / FILES_FOLDER
+    for path in made.iterdir():  # of an earlier run with more chunks, or half written
+        if path.name not in {entry["name"] for entry in files}:
+            path.unlink()
+    write_json(made / MANIFEST_FILE, manifest)
+    old = run.folder / "replaced"
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(made, folder)
+    fsync_folder(folder.parent)
+    run.drop_parts()
+    return manifest
+
+
+def _versions() -> dict[str, str]:
+    """Packages that pixels and codes may depend on."""
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
