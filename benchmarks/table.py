@@ -18,7 +18,10 @@ the machine and the command of its last run; the numbers stand in `results/` in 
 benchmark writes its table here when it ends, and exits with 1 when a target is missed.
 """
 
-TITLES = {"router": "MoE layer with two groups over megatron-core's"}
+TITLES = {
+    "router": "MoE layer with two groups over megatron-core's",
+    "convert": "Conversion of a checkpoint over a copy of its bytes",
+}
 """Results file without its ending -> heading, in the order of the page."""
 
 

@@ -20,8 +20,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from symbiotic.command_line import experts_of_groups, resolution
 from symbiotic.errors import CheckpointError, ConfigError, exits_on_user_error
 from symbiotic.files import write_json
+from symbiotic.huggingface.ordered_threads import DEFAULT_WORKERS
 
 DEFAULT_SHARD_GIGABYTES = 5.0
 
@@ -38,13 +40,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_source(export)
     export.add_argument("output", type=Path, help="folder to write; must not exist")
     export.add_argument(
-        "--tokenizer", type=Path, help="SentencePiece model (default: tokenizer.model beside the vocabulary)"
+        "--tokenizer", type=Path, help="tokenizer.model or tokenizer.json (default: the one beside the vocabulary)"
     )
     export.add_argument("--codec", type=Path, help="folder of the image codec, copied into the export")
     export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
     export.add_argument("--license", default="unknown", help="licence of the weights, for the model card")
     export.add_argument("--shard-gb", type=float, default=DEFAULT_SHARD_GIGABYTES, help="size of a safetensors file")
     export.add_argument("--no-verify", action="store_true", help="don't compare logits afterwards")
+    export.add_argument(
+        "--workers", type=int, default=DEFAULT_WORKERS, help="threads; the output doesn't depend on their number"
+    )
     export.add_argument("--chat-template", type=Path, help="Jinja file (default: messages line by line, no roles)")
     export.add_argument(
         "--understanding-only", action="store_true", help="what text and images to read see, as a stock architecture"
@@ -59,7 +64,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     _add_source(verify)
     verify.add_argument("output", type=Path, metavar="folder", help="the exported folder")
     _add_comparison(verify)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if getattr(options, "workers", 1) < 1:
+        raise ConfigError(f"--workers {options.workers}: give at least 1 thread")
+    return options
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -74,15 +82,18 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     add("output", type=Path, help="folder to write; must not exist")
     add("--config", type=Path, help="configuration that describes the model of a Megatron checkpoint, with one group")
     add("--vocabulary", type=Path, help="vocabulary.json for the model's own tokenizer (default: laid out here)")
-    add("--codebook-size", type=int, default=0, help="image codes of a vocabulary that is laid out here")
+    add("--codebook-size", type=int, help="image codes of a vocabulary that is laid out here (default: none)")
     add("--resolution", action="append", default=[], metavar="ROWSxCOLUMNS", help="an image size in codes, likewise")
-    add("--multiple", type=int, default=1024, help="both parts are padded to a multiple of this, likewise")
+    add("--multiple", type=int, help="both parts are padded to a multiple of this, likewise (default: 1024)")
     add("--groups", nargs="+", default=[], metavar="GROUP=EXPERTS", help="by expert number (default: one group)")
     add("--shared-expert", type=int, metavar="SIZE", help="add shared experts whose output starts at zero")
     add("--upcycle", type=int, metavar="EXPERTS", help="make every MLP of a dense model a mixture of copies of it")
-    add("--topk", type=int, default=2, help="experts a token chooses of them")
+    add("--topk", type=int, help="with --upcycle: experts a token chooses of them (default: 2)")
     add("--sequence-length", type=int, help="tokens in a sample (default: the model's context, at most 4096)")
+    add("--bos", type=int, metavar="ID", help="a Megatron checkpoint's id of begin of text (default: its row is drawn)")
+    add("--eod", type=int, metavar="ID", help="and of end of document")
     add("--seed", type=int, default=0, help="of everything that is drawn")
+    add("--workers", type=int, default=DEFAULT_WORKERS, help="threads; the output doesn't depend on their number")
 
 
 def _add_comparison(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +126,7 @@ def export(options: argparse.Namespace) -> int:
         "license_id": options.license,
         "max_shard_bytes": int(options.shard_gb * 1e9),
         "chat_template": options.chat_template,
+        "workers": options.workers,
     }
     if options.understanding_only:
         if options.codec is not None:
@@ -171,37 +183,27 @@ def import_(options: argparse.Namespace) -> int:
     """Write a checkpoint to train on."""
     from symbiotic.huggingface.importing import ImportRequest, import_folder
 
-    groups = {}
-    for pair in options.groups:
-        name, _, size = pair.partition("=")
-        if not (name and size.isascii() and size.isdigit()):
-            raise ConfigError(f"--groups {pair}: give GROUP=EXPERTS, such as understanding=96")
-        groups[name] = int(size)
     request = ImportRequest(
         source=options.folder,
         output=options.output,
         config=options.config,
         vocabulary=options.vocabulary,
         codebook_size=options.codebook_size,
-        resolutions=[_resolution(text) for text in options.resolution],
+        resolutions=[resolution(text) for text in options.resolution],
         multiple=options.multiple,
-        groups=groups,
+        groups=experts_of_groups(options.groups),
         shared_expert=options.shared_expert,
         upcycle=options.upcycle,
         topk=options.topk,
         sequence_length=options.sequence_length,
+        bos=options.bos,
+        eod=options.eod,
         seed=options.seed,
+        workers=options.workers,
     )
     import_folder(request)
     print(f"imported {options.folder} to {options.output}; train from it with extends: {options.output}/model.yaml")
     return 0
-
-
-def _resolution(text: str) -> tuple[int, int]:
-    rows, _, columns = text.partition("x")
-    if not (rows.isascii() and rows.isdigit() and columns.isascii() and columns.isdigit()):
-        raise ConfigError(f"--resolution {text}: give ROWSxCOLUMNS in codes, such as 16x16")
-    return int(rows), int(columns)
 
 
 if __name__ == "__main__":

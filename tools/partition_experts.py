@@ -33,6 +33,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
+from symbiotic.command_line import experts_of_groups, pairs
 from symbiotic.config import layer_pattern, parallel_layout
 from symbiotic.config.checks.files import check_vocabulary
 from symbiotic.distributed.cpu_device import choose_device, enter_cpu_device
@@ -74,7 +75,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Options; ``NAME=VALUE`` lists become dictionaries.
 
     Raises:
-        ConfigError: a list is malformed, or the output folder holds something.
+        ConfigError: a list is malformed, a group's size or a block is no number, or the output folder holds something.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -94,7 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_intermixed_args(arguments)
     for name in ("calibration", "groups", "types", "start", "upcycle"):
         values, overrides = split_overrides(getattr(options, name) or [])
-        setattr(options, name, values if name == "upcycle" else pairs(values, option=f"--{name}"))
+        setattr(options, name, _parsed(values, name=name))
         options.overrides += overrides
     if options.seed is not None and options.seed < 0:
         raise ConfigError(f"--seed {options.seed} is negative; give 0 or more")
@@ -111,51 +112,33 @@ def split_overrides(values: Sequence[str]) -> tuple[list[str], list[str]]:
     return [value for value in values if value not in overrides], overrides
 
 
-def pairs(values: Sequence[str], *, option: str) -> dict[str, str]:
-    """``["a=1", "b=2"]`` -> {"a": "1", "b": "2"}.
-
-    Raises:
-        ConfigError: a value is no pair, or a name comes twice.
-    """
-    found: dict[str, str] = {}
-    for value in values:
-        name, equals, content = value.partition("=")
-        if not (name and equals and content) or name in found:
-            raise ConfigError(f"{option} {value!r} is not NAME=VALUE with a name of its own")
-        found[name] = content
-    return found
+def _parsed(values: list[str], *, name: str) -> dict[str, str] | dict[str, int] | list[int]:
+    """The values of a list option."""
+    if name == "groups":
+        return experts_of_groups(values)
+    if name != "upcycle":
+        return pairs(values, option=f"--{name}")
+    for block in values:
+        if not (block.isascii() and block.isdigit()):
+            raise ConfigError(f"--upcycle {block}: give block numbers, from 0")
+    return [int(block) for block in values]
 
 
 def request_of(options: argparse.Namespace) -> SplitRequest:
-    """The options as ``symbiotic.training.split`` wants them.
-
-    Raises:
-        ConfigError: a group's size or a block is no number.
-    """
-    for name, size in options.groups.items():
-        if not is_number(size):
-            raise ConfigError(f"--groups {name}={size}: {size!r} is no number of experts")
-    for block in options.upcycle:
-        if not is_number(block):
-            raise ConfigError(f"--upcycle {block}: give block numbers, from 0")
+    """The options as ``symbiotic.training.split`` wants them."""
     return SplitRequest(
         checkpoint=options.checkpoint,
         method=options.method,
-        groups={name: int(size) for name, size in options.groups.items()},
+        groups=options.groups,
         types={name: types.split(",") for name, types in options.types.items()},
         starts=options.start,
         table=options.table,
-        upcycle=[int(block) for block in options.upcycle] or None,
+        upcycle=options.upcycle or None,
         calibration=options.calibration,
         merge=options.merge,
         seed=options.seed,
         overrides=options.overrides,
     )
-
-
-def is_number(text: str) -> bool:
-    """Whether a text is a whole number in plain digits."""
-    return text.isascii() and text.isdigit()
 
 
 def check_shards(calibration: dict[str, str]) -> None:

@@ -21,17 +21,18 @@ import jinja2
 import torch
 import transformers
 
-from symbiotic.data.codecs import load_codec
+from symbiotic.data.codecs import PatchCodebook, load_codec
 from symbiotic.errors import CheckpointError, DataError
 from symbiotic.files import fsync_folder, write_json, write_text
 from symbiotic.huggingface.architecture import huggingface_config
 from symbiotic.huggingface.mapping import Row, check_shape, mapping_table
 from symbiotic.huggingface.model_card import model_card
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
+from symbiotic.huggingface.ordered_threads import DEFAULT_WORKERS, in_order
 from symbiotic.huggingface.safetensors_writer import SafetensorsWriter, TensorPlan
 from symbiotic.huggingface.source import Source
 from symbiotic.huggingface.tokenizer import write_tokenizer
-from symbiotic.tokens.tokenizer import Tokenizer
+from symbiotic.tokens.tokenizer import Tokenizer, tokenizer_beside
 from symbiotic.tokens.vocabulary import VocabularyLayout
 from symbiotic.training.checkpoint.weights import Weights
 
@@ -83,18 +84,20 @@ def export_checkpoint(
     license_id: str = "unknown",
     max_shard_bytes: int = 5_000_000_000,
     chat_template: Path | str | None = None,
+    workers: int = DEFAULT_WORKERS,
 ) -> Path:
     """Write the exported folder.
 
     Args:
         source: what ``open_source`` returned.
         output: a folder that doesn't exist yet, or is empty.
-        tokenizer: SentencePiece model; None takes ``tokenizer.model`` beside the vocabulary.
+        tokenizer: SentencePiece model or tokenizer.json; None takes the one beside the vocabulary.
         codec: folder of the image codec, copied into the export; None leaves images to the user.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps each tensor as it is stored.
         license_id: licence of the weights, for the model card.
         max_shard_bytes: size of a safetensors file.
         chat_template: Jinja file; None takes one without roles.
+        workers: threads that convert tensors; the files don't depend on their number.
 
     Returns:
         The folder.
@@ -111,7 +114,7 @@ def export_checkpoint(
         partition=source.partition,
         dtype=dtype or main_dtype(source.weights),
     )
-    pieces = Tokenizer(tokenizer or source.vocabulary_path.with_name("tokenizer.model"))
+    pieces = Tokenizer(tokenizer or tokenizer_beside(source.vocabulary_path))
     _check_codec(codec, source.vocabulary)
     rows = mapping_table(model)
     check_tensors(rows, source.weights)
@@ -124,8 +127,10 @@ def export_checkpoint(
         if codec is not None:
             shutil.copytree(codec, folder / CODEC_FOLDER)
         write_text(folder / "chat_template.jinja", template)
-        write_training_files(folder, source, tokenizer=pieces.path)
-        plans = write_weights(folder, rows, source.weights, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        write_training_files(folder, source, tokenizer=pieces)
+        plans = write_weights(
+            folder, rows, source.weights, dtype=dtype, max_shard_bytes=max_shard_bytes, workers=workers
+        )
         card = model_card(
             model, source.origin, plans=plans, layout=source.vocabulary,
             partition_hash=source.partition.hash, license_id=license_id, has_codec=codec is not None,
@@ -159,12 +164,12 @@ def read_chat_template(path: Path | str | None) -> str:
     return text
 
 
-def write_training_files(folder: Path, source: Source, *, tokenizer: Path) -> None:
+def write_training_files(folder: Path, source: Source, *, tokenizer: Tokenizer) -> None:
     """What ``convert_checkpoint.py import`` needs beside the weights."""
     target = folder / TRAINING_FOLDER
     target.mkdir()
     source.vocabulary.save(target / "vocabulary.json")
-    shutil.copyfile(tokenizer, target / "tokenizer.model")
+    shutil.copyfile(tokenizer.path, target / tokenizer.file_name)
     write_json(target / "origin.json", asdict(source.origin))
 
 
@@ -176,7 +181,13 @@ def main_dtype(weights: Weights) -> str:
 def _check_codec(codec: Path | str | None, vocabulary: VocabularyLayout) -> None:
     if codec is None:
         return
-    size = load_codec(codec).codebook_size
+    opened = load_codec(codec)
+    if not isinstance(opened, PatchCodebook):
+        raise DataError(
+            f"{codec}: an export holds patch codebooks only, not {type(opened).__name__}; leave --codec out and keep "
+            "the image tokenizer's folder beside the export"
+        )
+    size = opened.codebook_size
     if size != vocabulary.codebook_size:
         raise DataError(
             f"{codec}: the codec has {size} codes, the vocabulary {vocabulary.codebook_size}; give the codec that the "
@@ -216,19 +227,30 @@ def check_tensors(rows: Sequence[Row], weights: Weights, *, whole: bool = True) 
 def exported_tensors(rows: Sequence[Row], weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of the export, in the order of the table; one checkpoint tensor is in memory at a time."""
     for row in rows:
-        if row.megatron is None:
-            tensor = None
-        elif row.expert is None:
-            tensor = weights.read(row.megatron)
-        else:
-            tensor = weights.read(row.megatron, start=row.expert, stop=row.expert + 1)[0]
-        yield from row.to_huggingface(tensor).items()
+        yield from _exported(row, weights).items()
+
+
+def _exported(row: Row, weights: Weights) -> dict[str, torch.Tensor]:
+    """Names and tensors of one row."""
+    if row.megatron is None:
+        tensor = None
+    elif row.expert is None:
+        tensor = weights.read(row.megatron)
+    else:
+        tensor = weights.read(row.megatron, start=row.expert, stop=row.expert + 1)[0]
+    return row.to_huggingface(tensor)
 
 
 def write_weights(
-    folder: Path, rows: Sequence[Row], weights: Weights, *, dtype: str | None, max_shard_bytes: int
+    folder: Path,
+    rows: Sequence[Row],
+    weights: Weights,
+    *,
+    dtype: str | None,
+    max_shard_bytes: int,
+    workers: int = DEFAULT_WORKERS,
 ) -> list[TensorPlan]:
-    """Write the safetensors files; returns what they hold."""
+    """Write the safetensors files with ``workers`` threads; returns what they hold."""
     wanted = getattr(torch, dtype) if dtype else None
     plans = [
         TensorPlan(name, shape, row.dtype or wanted or weights.dtype(row.megatron or EMBEDDING_KEY))
@@ -236,8 +258,13 @@ def write_weights(
         for name, shape in zip(row.huggingface, row.layout.huggingface_shapes, strict=True)
     ]
     with SafetensorsWriter(folder, plans, max_shard_bytes=max_shard_bytes) as writer:
-        for name, tensor in exported_tensors(rows, weights):
-            writer.write(name, tensor)
+
+        def write(row: Row) -> None:
+            for name, tensor in _exported(row, weights).items():
+                writer.write(name, tensor)
+
+        for _ in in_order(write, rows, workers=workers):
+            pass
     return plans
 
 

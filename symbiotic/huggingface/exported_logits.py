@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from symbiotic.errors import exits_on_user_error
 from symbiotic.files import replacing
 from symbiotic.huggingface.logit_batch import LogitBatch
+from symbiotic.huggingface.own_code import trusts_code_of
 
 
 class RoutingMargins:
@@ -55,7 +56,8 @@ class RoutingMargins:
 
 def compute_logits(folder: Path, batch: LogitBatch) -> tuple[np.ndarray, np.ndarray]:
     """Float32 logits [rows, s, vocabulary] and each token's routing margin [rows, s] (infinite without routing)."""
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    trusted = trusts_code_of(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted, dtype=torch.float32).eval()
     margins = RoutingMargins(model)
     typed = {"token_type_ids": torch.from_numpy(batch.token_types)} if model.config.model_type == "symbiotic" else {}
     tokens = np.where(batch.tokens < model.config.vocab_size, batch.tokens, 0)  # padding may lie outside

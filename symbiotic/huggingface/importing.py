@@ -33,6 +33,7 @@ from symbiotic.huggingface.homes import SYMBIOTIC, Home
 from symbiotic.huggingface.mapping import Row, check_shape, mapping_table
 from symbiotic.huggingface.megatron_folder import MegatronFolder, is_megatron_folder
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
+from symbiotic.huggingface.ordered_threads import DEFAULT_WORKERS, in_order
 from symbiotic.huggingface.safetensors_reader import SafetensorsFolder
 from symbiotic.huggingface.stock import model_type_of, read_stock
 from symbiotic.huggingface.vocabulary_rows import VOCABULARY_KEYS, extend_vocabulary, source_rows
@@ -47,14 +48,18 @@ from symbiotic.training.checkpoint.weights import WeightsWriter
 log = logging.getLogger(__name__)
 
 DEFAULT_SEQUENCE_LENGTH = 4096
+DEFAULT_TOPK = 2
+LAID_OUT_HERE = ("codebook_size", "resolutions", "multiple")
+"""Settings of a vocabulary that the import lays out itself."""
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 ROUTER_KEY = re.compile(r"(decoder\.layers\.\d+\.mlp\.)router\.weight")
 
+MULTI_TOKEN = "multi-token prediction"
 LEFT_OUT = (
-    (re.compile(r"model\.mtp_.*"), "multi-token prediction"),
+    (re.compile(r"model\.mtp_.*"), MULTI_TOKEN),
     (re.compile(r".*\.rotary_emb\.inv_freq"), "tables of the rotary embedding"),
 )
-"""Tensors of published folders that are no part of the model's forward pass."""
+"""Tensors of published folders that are no part of the model's forward pass, and what they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,28 +71,35 @@ class ImportRequest:
         output: a folder that doesn't exist yet.
         config: for a checkpoint of Megatron's: the configuration file that describes its model, with one group.
         vocabulary: layout file; None takes that of our own export, or lays one out around a stock model's ids.
-        codebook_size, resolutions, multiple: images of a vocabulary that is laid out here, see VocabularyLayout.build.
+        codebook_size, resolutions, multiple: images of a vocabulary that is laid out here, see VocabularyLayout.build;
+            None takes no images and its default.
         groups: group -> experts, the first group taking the first expert numbers; empty for one group.
         shared_expert: size of a shared expert to add, whose output starts at zero.
         upcycle: experts of each block that a dense model's MLPs become.
-        topk: experts a token chooses of them.
+        topk: experts a token chooses of them; None takes 2.
         sequence_length: tokens in a sample; None takes the model's context, at most 4096 of a stock model's.
+        bos, eod: for a checkpoint of Megatron's: its tokenizer's ids of begin of text and end of document, whose rows
+            ours take; None draws them.
         seed: of everything that is drawn.
+        workers: threads that read experts; the checkpoint doesn't depend on their number.
     """
 
     source: Path
     output: Path
     config: Path | None = None
     vocabulary: Path | None = None
-    codebook_size: int = 0
+    codebook_size: int | None = None
     resolutions: Sequence[tuple[int, int]] = ()
-    multiple: int = DEFAULT_MULTIPLE
+    multiple: int | None = None
     groups: Mapping[str, int] = field(default_factory=dict)
     shared_expert: int | None = None
     upcycle: int | None = None
-    topk: int = 2
+    topk: int | None = None
     sequence_length: int | None = None
+    bos: int | None = None
+    eod: int | None = None
     seed: int = 0
+    workers: int = DEFAULT_WORKERS
 
 
 def import_folder(request: ImportRequest) -> Path:
@@ -124,11 +136,10 @@ def import_folder(request: ImportRequest) -> Path:
                 stream = split_routers(stream, partition=partition, routing=routing, source=str(request.source))
             for key, tensor in stream:
                 writer.add(key, tensor)
-            for row in incoming.rows:
-                if row.expert is not None:
-                    part = incoming.read(row)
-                    offsets = (row.expert,) + (0,) * part.dim()
-                    writer.add_part(row.megatron, part.unsqueeze(0), shape=row.stored_shape, offsets=offsets)
+            experts = [row for row in incoming.rows if row.expert is not None]
+            for row, part in zip(experts, in_order(incoming.read, experts, workers=request.workers), strict=True):
+                offsets = (row.expert,) + (0,) * part.dim()
+                writer.add_part(row.megatron, part.unsqueeze(0), shape=row.stored_shape, offsets=offsets)
     log.info("%s: imported %s (%d rows of the table)", request.output, request.source, len(incoming.rows))
     return request.output
 
@@ -143,7 +154,7 @@ class _Incoming:
         rows: its mapping table.
         read: a row -> the checkpoint's tensor, or its expert's part of it.
         layout: the vocabulary of the checkpoint.
-        extended: whether the stored rows of the vocabulary are another number than the layout's.
+        extended: whether the stored rows of the vocabulary are those of another layout.
         config, partition: of the checkpoint.
     """
 
@@ -160,6 +171,7 @@ class _Incoming:
 def _open_huggingface(request: ImportRequest) -> _Incoming:
     if request.config is not None:
         raise ConfigError(f"--config is for Megatron's checkpoints; {request.source} has its own config.json")
+    _refuse_without_use(request, ("bos", "eod"), f"is for Megatron's checkpoints; {request.source} names its own ids")
     home, model = _read_model(request)
     tensors = SafetensorsFolder(request.source)
     rows = mapping_table(model, home)
@@ -185,12 +197,11 @@ def _open_megatron(request: ImportRequest) -> _Incoming:
         raise ConfigError(f"{request.source} is a checkpoint of ours; training loads it with checkpoint.load as it is")
     if request.config is None:
         raise ConfigError(f"{request.source} is a Megatron checkpoint; describe its model with --config FILE")
-    given = [name for name in ("vocabulary", "upcycle", "codebook_size") if getattr(request, name)]
-    if given:
-        raise ConfigError(
-            f"--{given[0].replace('_', '-')} is for Hugging Face folders; a Megatron checkpoint's model is described "
-            f"in {request.config}"
-        )
+    _refuse_without_use(
+        request,
+        ("vocabulary", "upcycle", "topk", "sequence_length", *LAID_OUT_HERE),
+        f"is for Hugging Face folders; a Megatron checkpoint's model is described in {request.config}",
+    )
     described = load_config(request.config, check_files=False)
     if len(described.groups) != 1:
         raise ConfigError(f"{request.config}: groups names {len(described.groups)}, a Megatron checkpoint has one")
@@ -205,7 +216,10 @@ def _open_megatron(request: ImportRequest) -> _Incoming:
         raise CheckpointError(
             f"{described.model.vocabulary} has {layout.text_size} text pieces, {request.source} only {num_ids} ids"
         )
-    model = _changed(stored, vocab_size=num_ids)
+    for name, number in (("bos", request.bos), ("eod", request.eod)):
+        if number is not None and not 0 <= number < num_ids:
+            raise ConfigError(f"--{name} {number}: {request.source} has the ids 0 to {num_ids - 1}")
+    model = _changed(stored, vocab_size=num_ids, bos_token_id=request.bos, eos_token_id=request.eod)
     rows = mapping_table(model)
     folder.check(rows)
     target = _target_model(request, model, layout)
@@ -221,14 +235,27 @@ def _open_megatron(request: ImportRequest) -> _Incoming:
         rows=rows,
         read=folder.read,
         layout=layout,
-        extended=num_ids != layout.size,
+        extended=True,
         config=config,
         partition=partition,
     )
 
 
+def _refuse_without_use(request: ImportRequest, names: Sequence[str], reason: str) -> None:
+    """Refuse options that would do nothing (ConfigError)."""
+    given = [name for name in names if getattr(request, name) not in (None, (), [], {})]
+    if given:
+        option = {"resolutions": "resolution"}.get(given[0], given[0]).replace("_", "-")
+        raise ConfigError(f"--{option} {reason}")
+
+
 def _read_model(request: ImportRequest) -> tuple[Home, SymbioticConfig]:
-    """The folder's home and model; options that it has no use for are refused."""
+    """The folder's home and model.
+
+    Raises:
+        CheckpointError: it is none that we can read.
+        ConfigError: an option has no use for it, or one that it needs is missing.
+    """
     if model_type_of(request.source) != SYMBIOTIC.model_type:
         home, model = read_stock(request.source)
         if not model.num_experts and request.upcycle is None:
@@ -236,17 +263,23 @@ def _read_model(request: ImportRequest) -> tuple[Home, SymbioticConfig]:
                 f"{request.source} is a dense model, and training needs experts; give --upcycle EXPERTS to make every "
                 "MLP a mixture of copies of it"
             )
+        if request.upcycle is None:
+            _refuse_without_use(
+                request, ("topk",), "says how many of the experts of --upcycle a token chooses; give both"
+            )
+        if request.vocabulary is not None:
+            _refuse_without_use(request, LAID_OUT_HERE, f"has no use beside --vocabulary {request.vocabulary}")
         if model.num_experts and request.upcycle is not None:
             raise ConfigError(f"--upcycle is for a dense model; {request.source} has {model.num_experts} experts")
         if request.shared_expert and model.shared_expert_intermediate_size:
             raise ConfigError(f"--shared-expert: {request.source} has a shared expert already; leave the option out")
         return home, model
-    given = [name for name in ("groups", "shared_expert", "upcycle") if getattr(request, name)]
-    if given:
-        raise ConfigError(
-            f"--{given[0].replace('_', '-')}: {request.source} is a full export with its own groups; import it as it "
-            "is and change it with tools/partition_experts.py"
-        )
+    _refuse_without_use(
+        request,
+        ("groups", "shared_expert", "upcycle", "topk", *LAID_OUT_HERE),
+        f"has no use: {request.source} is a full export with its own groups and vocabulary; import it as it is and "
+        "change it with tools/partition_experts.py",
+    )
     tree = json.loads((request.source / "config.json").read_text(encoding="utf-8"))
     try:
         return SYMBIOTIC, SymbioticConfig(**{name: tree[name] for name in SETTINGS if name in tree})
@@ -271,27 +304,30 @@ def check_folder(rows: Sequence[Row], tensors: SafetensorsFolder, model: Symbiot
             )
         check_shape(tensors.shape(name), shape, name=name, source=source)
     extra = sorted(set(tensors) - set(expected))
-    unknown = [name for name in extra if not _left_out(name, tensors, model)]
+    reasons = {name: _left_out(name, tensors, model) for name in extra}
+    unknown = [name for name in extra if reasons[name] is None]
     if unknown:
         raise CheckpointError(
             f"{source}: tensor {unknown[0]!r} has no place in the model that config.json describes ({len(unknown)} "
             "such); weights and configuration belong to different models"
         )
-    if extra:
-        log.info("%s: %d tensors are no part of the model and left out, such as %s", source, len(extra), extra[0])
+    for reason in dict.fromkeys(reasons[name] for name in extra):
+        names = [name for name in extra if reasons[name] == reason]
+        log.info("%s: %d tensors are left out (%s), such as %s", source, len(names), reason, names[0])
 
 
-def _left_out(name: str, tensors: SafetensorsFolder, model: SymbioticConfig) -> bool:
-    """Whether a tensor that the table lacks is known to be superfluous."""
+def _left_out(name: str, tensors: SafetensorsFolder, model: SymbioticConfig) -> str | None:
+    """Why a tensor that the table lacks is superfluous; None where nothing says that it is."""
     if name == "lm_head.weight":
-        return model.tie_word_embeddings and torch.equal(tensors[name], tensors["model.embed_tokens.weight"])
+        tied = model.tie_word_embeddings and torch.equal(tensors[name], tensors["model.embed_tokens.weight"])
+        return "the tied embedding once more" if tied else None
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer and int(layer[1]) >= model.num_hidden_layers:
         # GLM stores its multi-token prediction as further layers, and says how many.
         tree = json.loads((tensors.folder / "config.json").read_text(encoding="utf-8"))
         further = max(tree.get(key) or 0 for key in ("num_mtp_layers", "num_nextn_predict_layers"))
-        return int(layer[1]) < model.num_hidden_layers + further
-    return any(pattern.fullmatch(name) for pattern, _ in LEFT_OUT)
+        return MULTI_TOKEN if int(layer[1]) < model.num_hidden_layers + further else None
+    return next((reason for pattern, reason in LEFT_OUT if pattern.fullmatch(name)), None)
 
 
 def _vocabulary(request: ImportRequest, home: Home, model: SymbioticConfig) -> VocabularyLayout:
@@ -309,14 +345,19 @@ def _vocabulary(request: ImportRequest, home: Home, model: SymbioticConfig) -> V
     if path is None:
         return VocabularyLayout.build(
             text_size=model.vocab_size,
-            codebook_size=request.codebook_size,
+            codebook_size=request.codebook_size or 0,
             resolutions=request.resolutions,
             tokenizer_digest=_tokenizer_digest(request.source) or "",
-            multiple=request.multiple,
+            multiple=request.multiple or DEFAULT_MULTIPLE,
         )
     layout = VocabularyLayout.load(path)
     if home is SYMBIOTIC and layout.size != model.vocab_size:
         raise CheckpointError(f"{path} has {layout.size} ids, the model in {request.source} {model.vocab_size}")
+    if home is SYMBIOTIC and own.is_file() and layout.digest != VocabularyLayout.load(own).digest:
+        raise CheckpointError(
+            f"{path} is another layout than {own}, so its ids would mean other tokens than the model's; leave "
+            "--vocabulary out"
+        )
     if home is not SYMBIOTIC and layout.text_size > model.vocab_size:
         raise CheckpointError(
             f"{path} has {layout.text_size} text pieces, the model in {request.source} only {model.vocab_size} ids; "
@@ -350,7 +391,7 @@ def _target_model(request: ImportRequest, model: SymbioticConfig, layout: Vocabu
         changes |= {
             "dense_layers": [],
             "num_experts": request.upcycle,
-            "num_experts_per_tok": request.topk,
+            "num_experts_per_tok": request.topk or DEFAULT_TOPK,
             "moe_intermediate_size": model.intermediate_size,
             "expert_groups": None,
         }
@@ -446,10 +487,12 @@ def _origin(folder: Path) -> dict[str, Any]:
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
-    """The SentencePiece model and the image codec, where the folder has them."""
-    for path in (source / TRAINING_FOLDER / "tokenizer.model", source / "tokenizer.model"):
+    """The tokenizer that the vocabulary was laid out for and the image codec, where the folder has them."""
+    # Our own export's tokenizer.json has the layout's controls added: the one to train with is in its training folder.
+    own = source / TRAINING_FOLDER
+    for path in [place / name for place in (own if own.is_dir() else source,) for name in TOKENIZER_FILES]:
         if path.is_file():
-            shutil.copyfile(path, folder / "tokenizer.model")
+            shutil.copyfile(path, folder / path.name)
             break
     if (source / CODEC_FOLDER).is_dir():
         shutil.copytree(source / CODEC_FOLDER, folder / CODEC_FOLDER)

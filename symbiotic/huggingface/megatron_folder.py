@@ -111,7 +111,8 @@ class MegatronFolder:
             if start is None:
                 return self.weights.read(key)
             return self.weights.read(key, start=start, stop=start + 1)[0]
-        if self._last is None or self._last[0] != (key, layer):
+        last = self._last  # several threads may read
+        if last is None or last[0] != (key, layer):
             self._last = None  # before the next block's experts are in memory
-            self._last = (key, layer), self.weights.read(key, start=layer, stop=layer + 1)[0]
-        return self._last[1][row.expert]
+            self._last = last = (key, layer), self.weights.read(key, start=layer, stop=layer + 1)[0]
+        return last[1][row.expert]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -77,8 +77,8 @@ class SafetensorsWriter:
         self.plans = {plan.name: plan for plan in plans}
         assert len(self.plans) == len(plans), "the mapping names every tensor once"
         self._shards = self._cut(plans, max_shard_bytes)
-        self._files: list[IO[bytes]] = []
-        self._places: dict[str, tuple[IO[bytes], int]] = {}
+        self._files: list[BinaryIO] = []
+        self._places: dict[str, tuple[BinaryIO, int]] = {}
         self._missing = set(self.plans)
         self._checksums: dict[str, str] = {}
 
@@ -98,7 +98,7 @@ class SafetensorsWriter:
 
     def __enter__(self) -> SafetensorsWriter:
         for shard in self._shards:
-            file = open(shard.path, "wb")
+            file = open(shard.path, "wb", buffering=0)
             self._files.append(file)
             header, places = _layout(shard.tensors)
             file.write(header)
@@ -108,27 +108,28 @@ class SafetensorsWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor at its place, cast to the planned dtype."""
+        """Write one tensor at its place, cast to the planned dtype. Several threads may write at once."""
         plan = self.plans[name]
         assert tuple(tensor.shape) == plan.shape, f"{name} is {tuple(tensor.shape)}, planned {plan.shape}"
         file, offset = self._places[name]
-        file.seek(offset)
         data = tensor_bytes(tensor.to(plan.dtype))
         self._checksums[name] = hashlib.sha256(data).hexdigest()
-        file.write(data)
+        written = 0
+        while written < len(data):  # the system writes less than 2 GiB at a time
+            written += os.pwrite(file.fileno(), data[written:], offset + written)
         self._missing.remove(name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for file in self._files:
-            file.flush()
             os.fsync(file.fileno())
             file.close()
         if kind is not None:
             return
         assert not self._missing, f"{len(self._missing)} planned tensors were never written"
-        write_json(self.folder / CHECKSUM_FILE, {"algorithm": "sha256", "tensors": self._checksums})
+        checksums = {name: self._checksums[name] for name in self.plans}
+        write_json(self.folder / CHECKSUM_FILE, {"algorithm": "sha256", "tensors": checksums})
         if len(self._shards) > 1:
             places = {plan.name: shard.path.name for shard in self._shards for plan in shard.tensors}
             total = sum(plan.num_bytes for plan in self.plans.values())

@@ -30,10 +30,11 @@ from symbiotic.huggingface.homes import Home
 from symbiotic.huggingface.mapping import mapping_table
 from symbiotic.huggingface.model_card import understanding_card
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
+from symbiotic.huggingface.ordered_threads import DEFAULT_WORKERS
 from symbiotic.huggingface.source import Source
 from symbiotic.huggingface.stock import choose_home, stock_config
 from symbiotic.huggingface.tokenizer import write_tokenizer
-from symbiotic.tokens.tokenizer import Tokenizer
+from symbiotic.tokens.tokenizer import Tokenizer, tokenizer_beside
 
 log = logging.getLogger(__name__)
 
@@ -49,16 +50,17 @@ def export_understanding(
     license_id: str = "unknown",
     max_shard_bytes: int = 5_000_000_000,
     chat_template: Path | str | None = None,
+    workers: int = DEFAULT_WORKERS,
 ) -> Home:
     """Write the folder.
 
     Args:
         source: what ``open_source`` returned.
         output: a folder that doesn't exist yet, or is empty.
-        tokenizer: SentencePiece model; None takes ``tokenizer.model`` beside the vocabulary.
+        tokenizer: SentencePiece model or tokenizer.json; None takes the one beside the vocabulary.
         home: model type of the architecture; None takes the first that fits.
         text_only: cut the vocabulary to text and text controls, without images to understand.
-        dtype, license_id, max_shard_bytes, chat_template: see ``export_checkpoint``.
+        dtype, license_id, max_shard_bytes, chat_template, workers: see ``export_checkpoint``.
 
     Returns:
         The architecture.
@@ -75,7 +77,7 @@ def export_understanding(
     )
     router = understanding_router(model, text_only=text_only)
     chosen = choose_home(model, router=router, wanted=home)
-    pieces = Tokenizer(tokenizer or source.vocabulary_path.with_name("tokenizer.model"))
+    pieces = Tokenizer(tokenizer or tokenizer_beside(source.vocabulary_path))
     size = source.vocabulary.text_part if text_only else source.vocabulary.size
     rows = mapping_table(model, chosen, router=router, vocab_size=size)
     check_tensors(rows, source.weights, whole=False)
@@ -85,7 +87,9 @@ def export_understanding(
         write_json(folder / "config.json", stock_config(model, chosen, router=router, vocab_size=size))
         write_generation_config(folder, model, suppressed=suppressed_ids(source, size))
         write_text(folder / "chat_template.jinja", template)
-        plans = write_weights(folder, rows, source.weights, dtype=dtype, max_shard_bytes=max_shard_bytes)
+        plans = write_weights(
+            folder, rows, source.weights, dtype=dtype, max_shard_bytes=max_shard_bytes, workers=workers
+        )
         card = understanding_card(
             model, source.origin, home=chosen, router=router, plans=plans, layout=source.vocabulary,
             text_only=text_only, license_id=license_id,

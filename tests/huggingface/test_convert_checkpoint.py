@@ -109,8 +109,9 @@ def test_mistakes_end_in_one_sentence(
         ),
         "the chat template can't be read": ("export", run_folder, output, "--chat-template", nothing),
         "config.json can't be read": ("import", nothing, output),
-        "--resolution 4: give ROWSxCOLUMNS": ("import", nothing, output, "--resolution", 4),
-        "--groups a: give GROUP=EXPERTS": ("import", nothing, output, "--groups", "a"),
+        "--resolution '4' is no size": ("import", nothing, output, "--resolution", 4),
+        "--groups 'a' is not NAME=VALUE": ("import", nothing, output, "--groups", "a"),
+        "--workers 0: give at least 1 thread": ("export", run_folder, output, "--workers", 0),
         f"{nothing}: the vocabulary can't be read": ("export", run_folder, output, "--vocabulary", nothing),
     }
     for message, arguments in mistakes.items():

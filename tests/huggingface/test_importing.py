@@ -125,9 +125,18 @@ def test_export_import_export_gives_the_same_bytes(corpus: Corpus, tmp_path: Pat
     run = save(tmp_path / "run", corpus, layout={"expert": 2}, moe_router_score_function="sigmoid",
                moe_router_enable_expert_bias=True, qk_layernorm=True)  # fmt: skip
     settings = {"license_id": "apache-2.0", "max_shard_bytes": 100_000}
-    first = export_checkpoint(open_source(run), tmp_path / "first", codec=corpus.folder / "codec", **settings)
-    imported = import_folder(ImportRequest(source=first, output=tmp_path / "imported"))
-    second = export_checkpoint(open_source(imported), tmp_path / "second", codec=imported / "codec", **settings)
+    first = export_checkpoint(
+        open_source(run), tmp_path / "first", codec=corpus.folder / "codec", workers=1, **settings
+    )
+    imported = import_folder(ImportRequest(source=first, output=tmp_path / "imported", workers=1))
+    again = import_folder(ImportRequest(source=first, output=tmp_path / "again", workers=3))
+    for name in ("__0_0.distcp", ".metadata"):
+        assert (imported / "checkpoints/step-0" / name).read_bytes() == (
+            again / "checkpoints/step-0" / name
+        ).read_bytes()
+    second = export_checkpoint(
+        open_source(imported), tmp_path / "second", codec=imported / "codec", workers=3, **settings
+    )
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(second) for path in second.rglob("*") if path.is_file())
     assert [name for name in files if (first / name).read_bytes() != (second / name).read_bytes()] == []
@@ -240,6 +249,12 @@ def test_options_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     refusal(tmp_path / "moe", out, "--upcycle is for a dense model", upcycle=4)
     refusal(tmp_path / "moe", out, "has a shared expert already", shared_expert=8)
     refusal(tmp_path / "moe", out, "--groups sum to 5 experts, the model has 6", groups={"a": 2, "b": 3})
+    refusal(tmp_path / "moe", out, "--topk says how many of the experts of --upcycle", topk=2)
+    vocabulary = tmp_path / "vocabulary.json"
+    refusal(tmp_path / "moe", out, "--codebook-size has no use beside --vocabulary", vocabulary=vocabulary)
+    refusal(
+        tmp_path / "moe", out, "--resolution has no use beside --vocabulary", vocabulary=vocabulary, codebook_size=None
+    )
     shutil.copytree(tmp_path / "moe", tmp_path / "olmoe")
     tree = json.loads((tmp_path / "moe" / "config.json").read_text())
     (tmp_path / "olmoe" / "config.json").write_text(json.dumps(tree | {"model_type": "olmoe"}))

@@ -110,6 +110,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     config = describe(tmp_path, moe_ffn_hidden_size=10)
     refusal(CheckpointError, r"has shape \(4, 16, 16\), its configuration says \(4, 20, 16\)", config=config)
     refusal(ConfigError, "--upcycle is for Hugging Face folders", config=config, upcycle=2)
+    refusal(ConfigError, r"--eod 4096: .* has the ids 0 to", config=describe(tmp_path), eod=4096)
 
 
 def test_names_of_transformer_engine_and_the_stock_bias(tmp_path: Path) -> None:
@@ -136,3 +137,9 @@ def test_names_of_transformer_engine_and_the_stock_bias(tmp_path: Path) -> None:
     weights = open_weights(imported / "checkpoints" / "step-0")
     for key in [*renamed, "decoder.final_norm.weight", "decoder.layers.3.mlp.experts.experts.linear_fc2.weight"]:
         assert torch.equal(weights.read(key), tensors[key]), key
+    matrix = "embedding.word_embeddings.weight"
+    drawn = weights.read(matrix)[layout.eod]
+    assert not (drawn == tensors[matrix]).all(dim=1).any(), "an unnamed id has no row there"
+    named = import_folder(ImportRequest(source=saved, output=tmp_path / "named", config=config, eod=2))
+    weights = open_weights(named / "checkpoints" / "step-0")
+    assert torch.equal(weights.read(matrix)[layout.eod], tensors[matrix][2])

@@ -1,0 +1,50 @@
+"""Option values that several command lines read: ``NAME=VALUE`` pairs and image sizes. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from symbiotic.errors import ConfigError
+
+_SIZE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
+
+
+def pairs(values: Sequence[str], *, option: str) -> dict[str, str]:
+    """``["a=1", "b=2"]`` -> {"a": "1", "b": "2"}.
+
+    Raises:
+        ConfigError: a value is no pair, or a name comes twice.
+    """
+    found: dict[str, str] = {}
+    for value in values:
+        name, equals, content = value.partition("=")
+        if not (name and equals and content) or name in found:
+            raise ConfigError(f"{option} {value!r} is not NAME=VALUE with a name of its own")
+        found[name] = content
+    return found
+
+
+def experts_of_groups(values: Sequence[str]) -> dict[str, int]:
+    """``["understanding=96", "generation=32"]`` of ``--groups`` -> {"understanding": 96, "generation": 32}.
+
+    Raises:
+        ConfigError: a value is no pair with a number, or a name comes twice.
+    """
+    groups = pairs(values, option="--groups")
+    for name, size in groups.items():
+        if not (size.isascii() and size.isdigit()):
+            raise ConfigError(f"--groups {name}={size}: {size!r} is no number of experts")
+    return {name: int(size) for name, size in groups.items()}
+
+
+def resolution(text: str) -> tuple[int, int]:
+    """(rows, columns) of a ``--resolution`` such as ``16x24``.
+
+    Raises:
+        ConfigError: the word has another form.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ConfigError(f"--resolution {text!r} is no size; write rows and columns of codes such as 16x24")
+    return int(match[1]), int(match[2])
