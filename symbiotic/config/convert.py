@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 import types
 import typing
 from typing import Any, Literal
@@ -65,6 +66,8 @@ def convert(value: Any, expected: Any, *, path: KeyPath, origin: Origin, limits:
             for index, item in enumerate(value)
         ]
     if shape is dict and isinstance(value, dict):
+        for key in value:
+            _check_characters(key, path=(*path, key), origin=origin)
         return {
             key: convert(item, arguments[1], path=(*path, key), origin=origin, limits=limits)
             for key, item in value.items()
@@ -136,9 +139,21 @@ def _scalar(value: Any, expected: Any, *, path: KeyPath, origin: Origin, limits:
         raise origin.error(path, f"= {shown(value)} is too small; it must be at least {minimum}")
     if isinstance(value, int | float) and maximum is not None and value > maximum:
         raise origin.error(path, f"= {shown(value)} is too large; it must be at most {maximum}")
-    if isinstance(value, str) and not value.strip():
-        raise origin.error(path, "is an empty text; fill it in")
+    if isinstance(value, str):
+        _check_characters(value, path=path, origin=origin)
     return value
+
+
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Characters that break file names, terminals or UTF-8, and that no name here needs."""
+
+
+def _check_characters(text: str, *, path: KeyPath, origin: Origin) -> None:
+    """A text, which may be a key, has content and none of the characters of :data:`_CONTROL`."""
+    if not text.strip():
+        raise origin.error(path, "is an empty text; fill it in")
+    if _CONTROL.search(text):
+        raise origin.error(path, f"has a line break or a control character in {shown(text)}; remove it")
 
 
 def kind_of(value: Any) -> str:

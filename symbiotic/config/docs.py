@@ -19,8 +19,10 @@ from symbiotic.config.schema import (
     ShieldConfig,
     ShieldRamp,
     ShieldTargets,
+    SkipConfig,
     SourceConfig,
     StageConfig,
+    TrainingConfig,
     file_name,
 )
 
@@ -103,6 +105,8 @@ def _section(item: dataclasses.Field, expected: Any) -> str:
             body += "\n\nEach element of `sources` and `validation`:\n\n" + _settings_table(SourceConfig)
         if expected is ShieldConfig:
             body += "\n\n`targets`: " + _described(ShieldTargets)
+        if expected is TrainingConfig:
+            body += "\n\nAn element of `skip_steps`: " + _described(SkipConfig)
         return f"## `{item.name}`\n\n{body}\n"
     texts = {
         "groups": "Name of the group: its settings. The order counts for partition method index.\n\n"

@@ -172,7 +172,7 @@ def _build[Section](
 
 def _suggestion(name: str, known: list[str]) -> str:
     text = did_you_mean(name, known, what="field")
-    return text if text.startswith("did you mean") else "no field has a similar name, see megatron-core's documentation"
+    return text if text.startswith("did you mean") else "no field has a similar name; see megatron-core's documentation"
 
 
 @functools.cache

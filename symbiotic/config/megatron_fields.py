@@ -52,6 +52,8 @@ READ: dict[str, dict[str, tuple[type | None, Any]]] = {
         "pipeline_model_parallel_size": (int, 1),
         "virtual_pipeline_model_parallel_size": (int, None),
         "microbatch_group_size_per_vp_stage": (int, None),
+        "overlap_p2p_comm": (bool, False),
+        "batch_p2p_comm": (bool, True),
         "expert_model_parallel_size": (int, 1),
         "expert_tensor_parallel_size": (int, None),
         "context_parallel_size": (int, 1),

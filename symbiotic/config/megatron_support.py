@@ -158,8 +158,8 @@ SUPPORTED: dict[str, dict[str, tuple[str, ...]]] = {
         "tests/training/test_megatron_settings.py": (
             "use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather", "align_param_gather",
             "average_in_collective", "reduce_scatter_with_fp32_accumulation", "bucket_size",
-            "pad_buckets_for_high_nccl_busbw", "check_for_nan_in_grad", "check_for_large_grads",
-            "grad_reduce_in_fp32", "param_name_patterns_for_fp32_local_accumulation",
+            "pad_buckets_for_high_nccl_busbw", "check_for_large_grads", "grad_reduce_in_fp32",
+            "param_name_patterns_for_fp32_local_accumulation",
         ),
         GPU_ONLY: ("nccl_ub", "disable_symmetric_registration"),
     },

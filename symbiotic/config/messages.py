@@ -14,15 +14,21 @@ COMMAND_LINE = "command line"
 
 
 def dotted(path: Iterable[str]) -> str:
-    """``("stages", "0", "steps")`` as a user writes it: ``stages.0.steps``."""
-    return ".".join(path)
+    """``("stages", "0", "steps")`` as a user writes it: ``stages.0.steps``.
+
+    A key that would break the line or the terminal is quoted and escaped, one of unreadable length is cut.
+    """
+    return ".".join(_cut(key if key.isprintable() and key.strip() else repr(key)) for key in path)
 
 
 def shown(value: Any) -> str:
     """A value as YAML would show it, cut to a readable length."""
     if value is None or isinstance(value, bool):
         return {True: "true", False: "false", None: "null"}[value]
-    text = repr(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
@@ -39,7 +45,7 @@ def did_you_mean(name: str, known: Sequence[str], *, what: str) -> str:
         return f"did you mean {match!r}?"
     if not known:
         return f"there is no {what} to choose from"
-    return f"the {what}s are {', '.join(known)}"
+    return f"the {what}s are {', '.join(dotted((item,)) for item in known)}"
 
 
 @dataclass

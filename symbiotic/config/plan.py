@@ -1,48 +1,18 @@
-"""What a run will be, before it starts: sizes, tokens and memory by formula. Needs no GPU and no process group.
-
-Weights, gradients and optimizer state follow from the layout exactly (up to padding of buffers). Activations are
-an estimate: they depend on kernels and on how evenly tokens meet experts.
-"""
+"""What a run will be, before it starts: sizes, tokens and memory by formula. Needs no GPU and no process group."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from symbiotic.config.layout import (
-    ParallelLayout,
-    check_world_size,
-    layer_pattern,
-    parallel_layout,
-    pipeline_pattern,
-)
-from symbiotic.config.megatron_fields import DDP, value_of
-from symbiotic.config.pattern import MOE
+from symbiotic.config.layout import ParallelLayout, check_world_size, layer_pattern, parallel_layout, pipeline_pattern
+from symbiotic.config.megatron_fields import value_of
+from symbiotic.config.memory import RankMemory, rank_memory
 from symbiotic.config.schema import Config
-from symbiotic.config.sizes import (
-    Part,
-    active_parameters,
-    block_parts,
-    embedding_part,
-    model_parts,
-    output_parts,
-    parameters_by_role,
-)
+from symbiotic.config.sizes import GroupSizes, active_parameters, model_parts, parameters_by_role
+from symbiotic.errors import ConfigError
+from symbiotic.model.partition import ExpertPartition
 from symbiotic.tokens.vocabulary import VocabularyLayout
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankMemory:
-    """Bytes on each rank of one pipeline rank."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    activations: float
-
-    @property
-    def total(self) -> float:
-        """All four together."""
-        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,15 +68,18 @@ def plan(config: Config, world_size: int | None = None, vocabulary: VocabularyLa
         vocabulary: the vocabulary layout; None reads ``model.vocabulary``.
 
     Raises:
-        ConfigError: ``world_size`` doesn't fit the layout or the batch.
+        ConfigError: ``world_size`` doesn't fit the layout or the batch, or the partition table doesn't fit the model.
+        CheckpointError: the partition table is damaged.
         DataError: the vocabulary is missing or damaged.
     """
     layout = parallel_layout(config)
     world_size = layout.smallest_world if world_size is None else world_size
+    if world_size < 1:
+        raise ConfigError(f"{config.origin.file}: a plan for {world_size} processes is none; ask for at least 1")
     check_world_size(config, world_size)
     vocabulary = vocabulary or VocabularyLayout.load(config.model.vocabulary)
     training = config.training
-    parts = model_parts(config, vocabulary)
+    parts = model_parts(config, vocabulary, sizes=_sizes_by_block(config))
     samples = training.micro_batch_size * layout.data_parallel(world_size)
     return Plan(
         layout=layout,
@@ -125,6 +98,17 @@ def plan(config: Config, world_size: int | None = None, vocabulary: VocabularyLa
     )
 
 
+def _sizes_by_block(config: Config) -> GroupSizes | None:
+    """Group sizes of every MoE block, where a partition table is there to say; None where all blocks are alike."""
+    path = config.partition.path
+    if path is None or not Path(path).is_file():
+        return None
+    table = ExpertPartition.load(path)
+    groups = {name: group.experts for name, group in config.groups.items()}
+    table.check(groups, layer_pattern(config).moe_blocks, topk=value_of(config, "moe_router_topk"), source=path)
+    return {block: table.sizes(block) for block in table.blocks}
+
+
 def _stage_table(config: Config) -> list[tuple[str, int, int]]:
     table, start = [], 1
     for stage in config.stages:
@@ -133,92 +117,6 @@ def _stage_table(config: Config) -> list[tuple[str, int, int]]:
             table.append((stage.name, start, end))
         start += stage.steps
     return table
-
-
-def _blocks_of_rank(config: Config, layout: ParallelLayout, pipeline_rank: int) -> list[int]:
-    chunks = layer_pattern(config).chunks(layout.pipeline * (layout.virtual_pipeline or 1))
-    return [block for chunk in chunks[pipeline_rank :: layout.pipeline] for block in chunk]
-
-
-def parts_of_rank(config: Config, vocabulary: VocabularyLayout, pipeline_rank: int) -> list[Part]:
-    """The parameters that live on one pipeline rank."""
-    layout = parallel_layout(config)
-    last = pipeline_rank == layout.pipeline - 1
-    parts = block_parts(config, _blocks_of_rank(config, layout, pipeline_rank))
-    if pipeline_rank == 0 or (last and config.model.tie_embeddings):
-        parts.append(embedding_part(config, vocabulary))
-    if last:
-        parts += output_parts(config, vocabulary)
-    return parts
-
-
-def rank_memory(config: Config, vocabulary: VocabularyLayout, *, pipeline_rank: int, world_size: int) -> RankMemory:
-    """Bytes on each rank of a pipeline rank: weights, gradient buffers, Adam's state, activations.
-
-    The optimizer keeps two fp32 moments and, for bf16 weights, an fp32 copy of the weights. The distributed
-    optimizer spreads them over the data-parallel ranks that hold the same parameters.
-    """
-    layout = parallel_layout(config)
-    bf16 = value_of(config, "bf16")
-    weight = 2 if bf16 else 4
-    gradient = 4 if not bf16 or value_of(config, "grad_reduce_in_fp32", section=DDP) else 2
-    state = 12 if bf16 else 8
-    distributed = value_of(config, "use_distributed_optimizer", section=DDP)
-    held = optimized = 0.0
-    for part in parts_of_rank(config, vocabulary, pipeline_rank):
-        here = part.on_rank(layout)
-        expert = part.split == "expert"
-        copies = (
-            layout.expert_data_parallel(world_size) if expert else layout.data_parallel(world_size) * layout.context
-        )
-        held += here
-        optimized += here / copies if distributed else here
-    return RankMemory(
-        weights=held * weight,
-        gradients=held * gradient,
-        optimizer=optimized * state,
-        activations=_activations(config, vocabulary, pipeline_rank=pipeline_rank, world_size=world_size),
-    )
-
-
-def _activations(config: Config, vocabulary: VocabularyLayout, *, pipeline_rank: int, world_size: int) -> float:
-    """Estimated bytes of saved activations at the peak of 1F1B, balanced routing assumed."""
-    layout, training = parallel_layout(config), config.training
-    tokens = training.micro_batch_size * config.model.sequence_length / (layout.tensor * layout.context)
-    size = 2 if value_of(config, "bf16") else 4
-    kinds = layer_pattern(config).feed_forward
-    channels = [_saved_channels(config, kinds[block]) for block in _blocks_of_rank(config, layout, pipeline_rank)]
-    if value_of(config, "recompute_granularity") == "full":
-        # One input a layer (two layers a block) is kept, plus everything of the block that is being recomputed.
-        kept = 2 * value_of(config, "hidden_size") * len(channels)
-        peak = max(channels)
-    else:
-        kept, peak = sum(channels), 0
-    microbatches = training.global_batch_size // (training.micro_batch_size * layout.data_parallel(world_size))
-    in_flight = min(layout.pipeline - pipeline_rank, microbatches)
-    if layout.virtual_pipeline:
-        in_flight = layout.pipeline * (1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual_pipeline))
-        in_flight = min(in_flight, microbatches)
-    total = tokens * size * (kept * in_flight + peak)
-    if pipeline_rank == layout.pipeline - 1:
-        # Logits in the model's precision, in fp32 for the loss, and their gradient; whole sequence, vocabulary split.
-        total += tokens * vocabulary.size * (size + 4 + 4)
-    return total
-
-
-def _saved_channels(config: Config, kind: str) -> float:
-    """Numbers saved for the backward pass by one block, a token: inputs of every norm, matmul and activation."""
-    hidden, heads = value_of(config, "hidden_size"), value_of(config, "num_attention_heads")
-    head = value_of(config, "kv_channels") or hidden // heads
-    groups = value_of(config, "num_query_groups") or heads
-    attention = 2 * hidden + (2 * heads + 2 * groups) * head
-    matrices = 3 if value_of(config, "gated_linear_unit") else 2
-    if kind != MOE:
-        return attention + 2 * hidden + matrices * value_of(config, "ffn_hidden_size")
-    top_k = value_of(config, "moe_router_topk")
-    routed = top_k * (2 * hidden + matrices * value_of(config, "moe_ffn_hidden_size"))
-    shared = value_of(config, "moe_shared_expert_intermediate_size")
-    return attention + 2 * hidden + routed + (0 if shared is None else hidden + matrices * shared)
 
 
 def _layout_lines(figures: Plan) -> list[str]:
@@ -262,7 +160,7 @@ def _memory_lines(figures: Plan) -> list[str]:
     for rank, memory in enumerate(figures.memory):
         sizes = (memory.weights, memory.gradients, memory.optimizer, memory.activations, memory.total)
         lines.append(f"{f'  pipeline rank {rank}':<20}" + "".join(f"{_bytes(size):>14}" for size in sizes))
-    return [*lines, "* an estimate, for evenly used experts"]
+    return [*lines, "* an estimate, for evenly used experts; CUDA, NCCL and fragments come on top"]
 
 
 def _bytes(size: float) -> str:

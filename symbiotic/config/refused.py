@@ -116,6 +116,9 @@ REFUSALS = (
     Refusal(fields=("tp_comm_overlap",), reason="the communication buffers it needs are not made here"),
     Refusal(fields=("use_te_rng_tracker",), reason="checkpoints keep the states of megatron-core's own tracker"),
     Refusal(fields=("gtp_weight_remat_size", "expert_gtp_weight_remat_size"), allowed=(1,), reason=_NO_GROUPS),
+    Refusal(fields=("check_for_nan_in_grad",), section=DDP,
+            reason="it would end the run, where a step that isn't finite is left out and the log names its layer, "
+                   "ranks and documents (training.max_non_finite_steps)"),
     Refusal(fields=("num_distributed_optimizer_instances",), section=DDP, allowed=(1,), reason=_NO_GROUPS),
     Refusal(fields=("cpu_offloading", "fine_grained_activation_offloading", "init_model_with_meta_device",
                     "inference_fuse_tp_communication", "use_inference_optimized_layers", "flash_decode", "test_mode",

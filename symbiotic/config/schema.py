@@ -51,6 +51,9 @@ class RunConfig:
     name: str | None = setting(None, "Name in logs and reports; null takes the folder's last part.")
     seed: int = setting(1234, "Seed of initialisation, dropout and data order.", minimum=0, maximum=2**31 - 1)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes the GPU where there is one.")
+    timeout_minutes: float = setting(
+        10.0, "How long ranks wait for one that doesn't answer before the run fails.", minimum=0.01, maximum=10080.0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +176,15 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SkipConfig:
+    """A stretch of steps that are passed over; both ends belong to it."""
+
+    start: int = setting(doc="The first of them, as the log numbers steps: the run's first step is 1.", minimum=1,
+                         name="from")  # fmt: skip
+    end: int = setting(doc="The last of them.", minimum=1, name="to")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Length of the run, batch sizes and evaluation."""
 
@@ -186,6 +198,21 @@ class TrainingConfig:
     exit_after_steps: int | None = setting(
         None, "Save and leave after this many steps of this launch; the run stays resumable.", minimum=1
     )
+    exit_after_minutes: float | None = setting(
+        None,
+        "Save and leave after this many minutes of this launch, start-up included. Rank 0 looks after each step: leave "
+        "room for a step, an evaluation and a save before the job's limit.",
+        minimum=0.0,
+    )
+    max_non_finite_steps: int = setting(
+        10, "The run fails after this many steps in a row whose loss or gradient norm isn't finite. Such a step "
+        "changes nothing, and the log names its layer, ranks and documents.",
+        minimum=1,
+    )  # fmt: skip
+    skip_steps: list[SkipConfig] = setting(
+        [], "Steps whose data is passed over: nothing is trained in them, and schedule, stages and data go on. May "
+        "change when a run is resumed.",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +273,9 @@ class CheckpointConfig:
     """Saving and loading."""
 
     interval: int | None = setting(500, "Steps between checkpoints; null saves at the end only.", minimum=1)
+    async_save: bool = setting(
+        False, "Write in the background, from a copy in host memory, while training goes on; one at a time."
+    )
     keep: int = setting(2, "Newest checkpoints that are kept.", minimum=1)
     keep_every: int | None = setting(None, "Checkpoints at multiples of this step are kept for ever.", minimum=1)
     resume: Literal["auto", "never"] = setting(
@@ -255,7 +285,10 @@ class CheckpointConfig:
         None, "A checkpoint whose weights and partition training starts from, at step 0 with a fresh optimizer."
     )
     verify: Literal["full", "sizes"] = setting(
-        "full", "What a load checks of each file it reads: its digest, or its size."
+        "full", "What is checked of each file before a load, and after a save: its digest, or its size."
+    )
+    accept_changes: list[Literal["stages", "rates", "schedule", "maop", "data"]] = setting(
+        [], "What may differ from the run that wrote the checkpoint; it is logged. Other differences are refused."
     )
 
 

@@ -7,7 +7,7 @@ tensor-parallel ranks, whole on each of them, or split over the expert ranks.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -19,6 +19,9 @@ from symbiotic.config.schema import Config
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
 Split = Literal["tensor", "whole", "expert"]
+
+GroupSizes = Mapping[int, Mapping[str, int]]
+"""Block -> group -> its experts there, for partitions whose groups have other sizes in every block."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +82,18 @@ def attention_parts(config: Config) -> list[Part]:
     ]
 
 
-def moe_parts(config: Config) -> list[Part]:
-    """The MoE layer of one block, with its norm."""
+def moe_parts(config: Config, sizes: Mapping[str, int] | None = None) -> list[Part]:
+    """The MoE layer of one block, with its norm; ``sizes`` are its groups', by default the configured ones."""
+    if sizes is None:
+        sizes = {name: group.experts for name, group in config.groups.items()}
     hidden = value_of(config, "hidden_size")
     expert = _feed_forward(config, value_of(config, "moe_ffn_hidden_size"))
     unused = 1.0 - value_of(config, "moe_router_topk") / config.num_experts
     parts = _with_owners(config, Part(role="norm", parameters=_norm(config, hidden), split="whole"))
     for name, router in config.routers.items():
-        rows = config.groups[router.group].experts
-        parts.append(Part(role=f"router.{name}", parameters=rows * hidden, split="whole"))
-    for name, group in config.groups.items():
-        parts.append(
-            Part(role=f"expert.{name}", parameters=group.experts * expert, split="expert", unused_share=unused)
-        )
+        parts.append(Part(role=f"router.{name}", parameters=sizes[router.group] * hidden, split="whole"))
+    for name in config.groups:
+        parts.append(Part(role=f"expert.{name}", parameters=sizes[name] * expert, split="expert", unused_share=unused))
     shared = value_of(config, "moe_shared_expert_intermediate_size")
     if shared is not None:
         parts.append(Part(role="shared_expert", parameters=_feed_forward(config, shared)))
@@ -107,13 +109,13 @@ def dense_parts(config: Config) -> list[Part]:
     return [*_with_owners(config, norm), *_with_owners(config, mlp)]
 
 
-def block_parts(config: Config, blocks: Iterable[int]) -> list[Part]:
-    """All parameters of the given blocks."""
+def block_parts(config: Config, blocks: Iterable[int], *, sizes: GroupSizes | None = None) -> list[Part]:
+    """All parameters of the given blocks; a block that ``sizes`` leaves out has the configured group sizes."""
     kinds = layer_pattern(config).feed_forward
     parts: list[Part] = []
     for block in blocks:
         parts += attention_parts(config)
-        parts += moe_parts(config) if kinds[block] == MOE else dense_parts(config)
+        parts += moe_parts(config, (sizes or {}).get(block)) if kinds[block] == MOE else dense_parts(config)
     return parts
 
 
@@ -132,12 +134,12 @@ def output_parts(config: Config, vocabulary: VocabularyLayout) -> list[Part]:
     return parts
 
 
-def model_parts(config: Config, vocabulary: VocabularyLayout) -> list[Part]:
+def model_parts(config: Config, vocabulary: VocabularyLayout, *, sizes: GroupSizes | None = None) -> list[Part]:
     """Every parameter of the model, once."""
     blocks = range(layer_pattern(config).num_blocks)
     return [
         embedding_part(config, vocabulary),
-        *block_parts(config, blocks),
+        *block_parts(config, blocks, sizes=sizes),
         *output_parts(config, vocabulary),
     ]
 

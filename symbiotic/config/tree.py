@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 import typing
 from collections.abc import Sequence
@@ -51,9 +52,9 @@ class _File:
 def extends_chain(path: Path) -> list[_File]:
     """The file, the file it extends, and so on, each with its own content (without ``extends``)."""
     chain: list[_File] = []
-    seen: list[Path] = []
+    seen: list[str] = []
     while True:
-        resolved = path.resolve()
+        resolved = os.path.realpath(path)  # Path.resolve raises where links run in a circle
         if resolved in seen:
             circle = " -> ".join(str(item.path) for item in chain[seen.index(resolved) :])
             raise ConfigError(f"{path}: extends runs in a circle ({circle} -> {path}); remove one extends")
@@ -62,23 +63,19 @@ def extends_chain(path: Path) -> list[_File]:
         if content is None:
             content = {}
         if not isinstance(content, dict):
-            raise ConfigError(
-                f"{path}: not a configuration: the file must be a table of sections such as run: and model:"
-            )
+            raise ConfigError(f"{path}: not a configuration; write a table of sections such as run: and model:")
         parent = content.pop("extends", None)
         chain.append(_File(path, content, lines))
         if parent is None:
             return chain
         if not isinstance(parent, str) or not parent.strip():
             raise ConfigError(
-                f"{path}:{lines[('extends',)]}: extends = {shown(parent)} must be the name of one file, relative to "
-                "this one"
+                f"{path}:{lines[('extends',)]}: extends = {shown(parent)} must be the name of one file; write it "
+                "relative to this one"
             )
         child, line, path = path, lines[("extends",)], path.parent / parent
-        if not path.is_file():
-            raise ConfigError(
-                f"{child}:{line}: extends = {parent!r} names no file ({path}); the name is relative to {child}"
-            )
+        if not os.path.isfile(path):  # Path.is_file raises where a name is too long
+            raise ConfigError(f"{child}:{line}: extends = {shown(parent)} names no file; it is relative to {child}")
 
 
 def read_device(path: Path | str, overrides: Sequence[str] = ()) -> str:
@@ -103,7 +100,9 @@ def _check_sections(content: Tree, lines: dict[KeyPath, int], *, file: Path) -> 
     for name, value in content.items():
         place = f"{file}:{lines[(name,)]}"
         if name not in known:
-            raise ConfigError(f"{place}: {name} is not a section: {did_you_mean(name, known, what='section')}")
+            raise ConfigError(
+                f"{place}: {dotted((name,))} is not a section: {did_you_mean(name, known, what='section')}"
+            )
         if value is not None and not isinstance(value, dict | list):
             raise ConfigError(f"{place}: {name} = {shown(value)} is not a section; put its settings below it, indented")
 
@@ -141,11 +140,12 @@ def _drop_removed(tree: Tree) -> None:
 def _apply_override(tree: Tree, override: str, *, origin: Origin) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
-        raise ConfigError(f"{COMMAND_LINE}: {override!r} is not an override; write section.key=value")
+        raise ConfigError(f"{COMMAND_LINE}: {shown(override)} is not an override; write section.key=value")
     try:
         value, lines = parse_yaml(text, source=COMMAND_LINE)
     except ConfigError as error:
-        raise ConfigError(f"{error}; if {key} is meant to be that text, quote it: {key}='\"{text}\"'") from error
+        place, example = dotted(key.split(".")), shown(text)[1:-1]
+        raise ConfigError(f"{error}; if {place} is meant to be that text, quote it: {place}='\"{example}\"'") from error
     target = _Target(tree, key.strip())
     path = target.walk()
     origin.forget(path)
@@ -172,7 +172,9 @@ class _Target:
         """Find the place, making the tables on the way; returns its key path."""
         name, *rest = self.parts
         if name not in section_names():
-            raise self._error(f"{name} is not a section: {did_you_mean(name, section_names(), what='section')}")
+            raise self._error(
+                f"{dotted((name,))} is not a section: {did_you_mean(name, section_names(), what='section')}"
+            )
         expected = field_types(Config)[_ATTRIBUTES.get(name, name)]
         path: list[str] = [name]
         self.last = name
@@ -180,7 +182,9 @@ class _Target:
             expected = _without_none(expected)
             if not (dataclasses.is_dataclass(expected) or typing.get_origin(expected) in (dict, list)):
                 place = dotted(path)
-                raise self._error(f"{place} is a single value and has no key {'.'.join(rest)!r}; write {place}=value")
+                raise self._error(
+                    f"{place} is a single value and has no key {shown('.'.join(rest))}; write {place}=value"
+                )
             self._descend(path, as_list=typing.get_origin(expected) is list)
             step, rest, expected = self._step(expected, rest, path)
             path.append(str(step))
@@ -220,10 +224,11 @@ class _Target:
         names = [item.get("name") if isinstance(item, dict) else None for item in elements]
         if name in names:
             return names.index(name)
-        if name.isascii() and name.isdigit() and int(name) < len(elements):
-            return int(name)
-        known = [str(item) for item in names if item is not None] or [str(index) for index in range(len(elements))]
-        raise self._error(f"{dotted(path)} has no element {name!r}: {did_you_mean(name, known, what='element')}")
+        indices = [str(index) for index in range(len(elements))]
+        if name in indices:
+            return indices.index(name)
+        known = [str(item) for item in names if item is not None] or indices
+        raise self._error(f"{dotted(path)} has no element {shown(name)}: {did_you_mean(name, known, what='element')}")
 
     def _error(self, problem: str) -> ConfigError:
         return ConfigError(f"{COMMAND_LINE}: {problem}")

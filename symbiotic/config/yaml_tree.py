@@ -1,8 +1,8 @@
 """Strict YAML: a plain tree in which every key remembers the line it was written on.
 
-Stricter than PyYAML where its leniency hides mistakes: a key given twice is an error, keys are text, and
-aliases are refused (``extends`` is the way to share settings). More lenient in one place: ``1e-4`` is a number,
-as everybody but YAML 1.1 expects.
+Stricter than PyYAML where its leniency hides mistakes: a key given twice is an error, keys are text, aliases are
+refused (``extends`` is the way to share settings), and so are tags and whole numbers beyond 64 bits. Numbers are what
+everybody but YAML 1.1 expects: ``1e-4`` is one, while ``010`` (8 there) and ``1:30`` (90 there) are texts.
 """
 
 import re
@@ -13,6 +13,11 @@ import yaml
 
 from symbiotic.config.messages import KeyPath, dotted
 from symbiotic.errors import ConfigError
+
+MAX_DEPTH = 20
+"""Tables and lists inside each other; a configuration has five."""
+
+_INT = re.compile(r"^[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$")
 
 _FLOAT = re.compile(
     r"""^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -25,32 +30,46 @@ _FLOAT = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with ``1e-4`` as a number and without aliases."""
+    """PyYAML's safe loader with numbers as :func:`parse_yaml` reads them, without aliases and tags."""
+
+    _depth = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.composer.ComposerError(
-                None, None, f"alias *{event.anchor} is not allowed; repeat the value or use extends", event.start_mark
-            )
-        return super().compose_node(parent, index)
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
+            raise _refusal(event, f"alias *{event.anchor} is not allowed; repeat the value or use extends")
+        if event.tag is not None:
+            raise _refusal(event, f"tag {event.tag} is not allowed; write the value without it")
+        if self._depth > MAX_DEPTH:
+            raise _refusal(event, f"nested more than {MAX_DEPTH} deep; a configuration needs five")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+def _refusal(event: yaml.NodeEvent, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.composer.ComposerError(None, None, problem, event.start_mark)
 
 
 class _Dumper(yaml.SafeDumper):
     """The writing side: quotes a text such as ``1e-4`` that the loader would read as a number."""
 
-
-def _replace_float_resolver(owner: type[yaml.resolver.BaseResolver]) -> None:
-    tag = "tag:yaml.org,2002:float"
-    owner.yaml_implicit_resolvers = {
-        first: [(known, pattern) for known, pattern in resolvers if known != tag]
-        for first, resolvers in owner.yaml_implicit_resolvers.items()
-    }
-    owner.add_implicit_resolver(tag, _FLOAT, list("-+0123456789."))
+    def ignore_aliases(self, data: Any) -> bool:
+        """A list that stands in two places is written twice, as the loader takes no alias."""
+        return True
 
 
-_replace_float_resolver(_Loader)
-_replace_float_resolver(_Dumper)
+_NUMBERS = {"tag:yaml.org,2002:int": _INT, "tag:yaml.org,2002:float": _FLOAT}
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+}
+for _tag, _pattern in _NUMBERS.items():
+    _Loader.add_implicit_resolver(_tag, _pattern, list("-+0123456789."))
+    # Beside YAML 1.1's own patterns: a text that either reading takes for a number is quoted.
+    _Dumper.add_implicit_resolver(_tag, _pattern, list("-+0123456789."))
 
 
 def parse_yaml(text: str, *, source: str) -> tuple[Any, dict[KeyPath, int]]:
@@ -65,7 +84,8 @@ def parse_yaml(text: str, *, source: str) -> tuple[Any, dict[KeyPath, int]]:
         every key path.
 
     Raises:
-        ConfigError: the text is no YAML, has a key twice, a key that is no text, an alias or a foreign tag.
+        ConfigError: the text is no YAML, has a key twice, a key that is no text, an alias or a tag, is nested too
+            deeply, or has a number beyond 64 bits.
     """
     lines: dict[KeyPath, int] = {}
     try:
@@ -76,8 +96,6 @@ def parse_yaml(text: str, *, source: str) -> tuple[Any, dict[KeyPath, int]]:
         raise
     except yaml.YAMLError as error:
         raise ConfigError(f"{_marked(source, error)}: not valid YAML: {_reason(error)}") from error
-    except RecursionError:
-        raise ConfigError(f"{source}: not a configuration: nested too deeply") from None
     except (ValueError, OverflowError) as error:  # an impossible date or number
         raise ConfigError(f"{source}: not valid YAML: {error}; quote the value if it is a text") from error
     return tree, lines
@@ -90,7 +108,9 @@ def read_yaml(path: Path) -> tuple[Any, dict[KeyPath, int]]:
     except OSError as error:
         raise ConfigError(f"{path}: can't read the configuration ({error.strerror}); check the path") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a configuration: byte {error.start} is not UTF-8") from error
+        raise ConfigError(
+            f"{path}: not a configuration: byte {error.start} is not UTF-8; save the file as UTF-8"
+        ) from error
     return parse_yaml(text, source=str(path))
 
 
@@ -118,7 +138,11 @@ def _plain(loader: _Loader, node: yaml.Node, *, path: KeyPath, lines: dict[KeyPa
             lines[(*path, str(index))] = item.start_mark.line + 1
             values.append(_plain(loader, item, path=(*path, str(index)), lines=lines, source=source))
         return values
-    return loader.construct_object(node, deep=True)
+    value = loader.construct_object(node, deep=True)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{source}:{line}: {dotted(path)} is a number beyond 64 bits; write a smaller one")
+    return value
 
 
 def _mapping(
@@ -128,7 +152,7 @@ def _mapping(
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            raise ConfigError(f"{source}:{line}: a key must be a plain name")
+            raise ConfigError(f"{source}:{line}: a table or list stands where a key should; write a plain name")
         if key_node.tag == "tag:yaml.org,2002:merge":
             raise ConfigError(f"{source}:{line}: merge keys (<<) are not allowed; use extends")
         key = key_node.value  # the text as written: a group may be called 1 or on
@@ -149,4 +173,5 @@ def _marked(source: str, error: yaml.YAMLError) -> str:
 
 def _reason(error: yaml.YAMLError) -> str:
     problem = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error)
-    return " ".join(str(problem).split())
+    reason = " ".join(str(problem).split())
+    return reason if "; " in reason else f"{reason}; correct it there"

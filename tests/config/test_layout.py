@@ -7,6 +7,7 @@ from symbiotic.errors import ConfigError
 from tests.config.trees import config
 
 T = "TransformerConfig"
+SINGLE_SENDS = {f"{T}.overlap_p2p_comm": True, f"{T}.batch_p2p_comm": False}
 MIXED = {
     f"{T}.tensor_model_parallel_size": 2,
     f"{T}.sequence_parallel": True,
@@ -51,7 +52,7 @@ def test_a_world_that_doesnt_fit_the_batch_is_refused():
 
 
 def test_interleaving_needs_whole_rounds_of_microbatches():
-    sizes = {f"{T}.pipeline_model_parallel_size": 2, f"{T}.virtual_pipeline_model_parallel_size": 2}
+    sizes = {f"{T}.pipeline_model_parallel_size": 2, f"{T}.virtual_pipeline_model_parallel_size": 2, **SINGLE_SENDS}
     resolved = config(**sizes, **{"training.global_batch_size": 12})
     check_world_size(resolved, 2)
     with pytest.raises(
@@ -63,7 +64,7 @@ def test_interleaving_needs_whole_rounds_of_microbatches():
 @pytest.mark.parametrize(("group", "fits"), [(2, True), (4, True), (3, False), (8, False), (1, False)])
 def test_interleaving_in_groups_of_microbatches(group, fits):
     """4 microbatches on 2 stages; a rest of one microbatch would be fewer than there are stages."""
-    sizes = {f"{T}.pipeline_model_parallel_size": 2, f"{T}.virtual_pipeline_model_parallel_size": 2}
+    sizes = {f"{T}.pipeline_model_parallel_size": 2, f"{T}.virtual_pipeline_model_parallel_size": 2, **SINGLE_SENDS}
     group_size = {f"{T}.microbatch_group_size_per_vp_stage": group}
     batch = {"training.global_batch_size": 8}
     if fits:

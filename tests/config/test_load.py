@@ -94,6 +94,9 @@ def test_steps_that_dont_fit_the_stages_are_refused(changes, message):
         ("model.dense_blocks", 1, "= 1 is a whole number, but must be a list of whole numbers; change it"),
         ("model.vocabulary", 3, "= 3 is a whole number, but must be a text; change it"),
         ("model.vocabulary", " ", "is an empty text; fill it in"),
+        ("run.name", "a\nb", r"has a line break or a control character in 'a\nb'; remove it"),
+        ("run.name", "\ud800", r"has a line break or a control character in '\ud800'; remove it"),
+        ("data.sources.0.prefix", "a\0b", r"has a line break or a control character in 'a\x00b'; remove it"),
         ("model.backend", "pytorch", "is not one of auto, torch, transformer_engine; did you mean 'torch'?"),
         ("rates/router.*", "fast", "= 'fast' is a text, but must be a number; change it"),
         ("rates/router.*", float("nan"), "= nan is not a finite number; write an ordinary one"),
@@ -136,6 +139,25 @@ def test_a_wrong_value_is_named_with_its_remedy(key, value, message):
 def test_an_unknown_key_gets_the_nearest_name(key, near):
     with pytest.raises(ConfigError, match=rf"^test\.yaml: {key} is not a setting: did you mean '{near}'\?$"):
         config(**{key: 1})
+
+
+def test_a_key_that_breaks_a_line_or_is_endless_is_shown_readably():
+    with pytest.raises(ConfigError, match=r"^test\.yaml: model\.'a\\nb' is not a setting: the settings are blocks, "):
+        config(**{"model/a\nb": 1})
+    with pytest.raises(ConfigError, match=r"^test\.yaml: rates\.x{77}\.\.\. matches no role of this model: "):
+        config(**{f"rates/{'x' * 5000}": 1e-3})
+    with pytest.raises(ConfigError, match="has a line break or a control character"):
+        config(**{"rates/*\n": 1e-3})
+
+
+def test_a_wrong_type_is_named_before_what_the_device_refuses():
+    with pytest.raises(ConfigError, match=r"context_parallel_size = 'a\\x00b' is a text, but must be a whole number"):
+        config(**{"TransformerConfig.context_parallel_size": "a\0b"})
+
+
+def test_a_number_that_is_none_is_refused_in_megatrons_sections():
+    with pytest.raises(ConfigError, match=r"TransformerConfig\.layernorm_epsilon = nan is not a number, but must"):
+        config(**{"TransformerConfig.layernorm_epsilon": float("nan")})
 
 
 @pytest.mark.parametrize(
@@ -248,6 +270,11 @@ def test_a_missing_file_is_named_with_its_key(files, missing, message):
         ({"partition": {"method": "file", "path": "table.json"}}, "partition.path = 'table.json' is not there"),
         ({"checkpoint": {"load": "other/checkpoints"}}, "checkpoint.load = 'other/checkpoints' is not a folder"),
         ({"run.folder": "a.yaml/run"}, "run.folder = 'a.yaml/run': a.yaml is a file; choose another folder"),
+        ({"run.folder": "x" * 300}, "xxx...: it can't be used (File name too long); choose another folder"),
+        ({"model.vocabulary": "x" * 300}, "xxx... is not there; name the vocabulary.json of the corpus"),
+        ({"data.sources.0.prefix": "x" * 300}, "the file .manifest.json of it is not there; correct the prefix"),
+        ({"partition": {"method": "file", "path": "x" * 300}}, "xxx... is not there; write it with tools/partition"),
+        ({"checkpoint": {"load": "x" * 300}}, "xxx... is not a folder; name a checkpoint"),
     ],
 )
 def test_files_that_dont_fit_are_refused(files, changes, message):

@@ -1,74 +1,19 @@
-"""The plan of a run: memory by hand, stages, and the text of a dry run."""
+"""The plan of a run: sizes, stages, and the text of a dry run."""
 
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from symbiotic.config.plan import parts_of_rank, plan, rank_memory
+from symbiotic.config.plan import plan
 from symbiotic.config.sizes import model_parts
 from symbiotic.errors import ConfigError
+from symbiotic.model.partition import ExpertPartition
 from tests.config.trees import config, vocabulary
 
 T = "TransformerConfig"
-D = "DistributedDataParallelConfig"
 TOTAL = sum(part.parameters for part in model_parts(config(), vocabulary()))
-
-
-def memory(world_size=1, pipeline_rank=0, **changes):
-    return rank_memory(config(**changes), vocabulary(), pipeline_rank=pipeline_rank, world_size=world_size)
-
-
-def test_memory_of_one_process_in_fp32():
-    found = memory()
-    assert (found.weights, found.gradients, found.optimizer) == (4 * TOTAL, 4 * TOTAL, 8 * TOTAL)
-    assert found.total == 16 * TOTAL + found.activations
-
-
-def test_memory_of_one_process_in_bf16():
-    found = memory(**{f"{T}.bf16": True})
-    assert (found.weights, found.gradients, found.optimizer) == (2 * TOTAL, 4 * TOTAL, 12 * TOTAL)
-    assert memory(**{f"{T}.bf16": True, f"{D}.grad_reduce_in_fp32": False}).gradients == 2 * TOTAL
-
-
-def test_the_distributed_optimizer_spreads_its_state_over_equal_ranks():
-    experts = 3 * 16 * 3 * 48 * 32
-    sharded = {f"{D}.use_distributed_optimizer": True, f"{T}.expert_model_parallel_size": 2}
-    found = memory(world_size=4, **sharded)
-    # Four ranks hold the same dense parameters; each expert lies on two of them.
-    assert found.weights == pytest.approx(4 * (TOTAL - experts + experts / 2))
-    assert found.optimizer == pytest.approx(8 * ((TOTAL - experts) / 4 + experts / 2 / 2))
-
-
-def test_tensor_parallelism_splits_matrices_and_leaves_norms_and_routers_whole():
-    whole = 4 * 2 * 48 + 48 + 3 * 16 * 48
-    changes = {f"{T}.tensor_model_parallel_size": 2, f"{T}.sequence_parallel": True}
-    assert memory(world_size=2, **changes).weights == pytest.approx(4 * ((TOTAL - whole) / 2 + whole))
-
-
-@pytest.mark.parametrize("sizes", [(2, None), (3, None), (2, 2)])
-@pytest.mark.parametrize("tied", [False, True])
-def test_pipeline_ranks_together_hold_the_model(sizes, tied):
-    pipeline, virtual = sizes
-    resolved = config(
-        **{
-            f"{T}.pipeline_model_parallel_size": pipeline,
-            f"{T}.virtual_pipeline_model_parallel_size": virtual,
-            "model.tie_embeddings": tied,
-        }
-    )
-    held = sum(part.parameters for rank in range(pipeline) for part in parts_of_rank(resolved, vocabulary(), rank))
-    total = sum(part.parameters for part in model_parts(resolved, vocabulary()))
-    assert held == total + (448 * 48 if tied else 0)  # a tied embedding is on the first and the last rank
-
-
-def test_activations_shrink_under_recompute_and_grow_with_the_micro_batch():
-    recompute = {
-        f"{T}.recompute_granularity": "full",
-        f"{T}.recompute_method": "uniform",
-        f"{T}.recompute_num_layers": 1,
-    }
-    assert memory(**recompute).activations < memory().activations
-    assert memory(**{"training.micro_batch_size": 4}).activations == 2 * memory().activations
 
 
 def test_figures_of_a_run():
@@ -89,6 +34,49 @@ def test_stages_of_a_run_that_is_cut_short():
 def test_a_world_that_doesnt_fit_is_refused():
     with pytest.raises(ConfigError, match="is not a multiple of"):
         plan(config(), world_size=5, vocabulary=vocabulary())
+
+
+@pytest.mark.parametrize("processes", [0, -8])
+def test_no_process_is_no_plan(processes):
+    with pytest.raises(ConfigError, match=f"a plan for {processes} processes is none"):
+        plan(config(), world_size=processes, vocabulary=vocabulary())
+
+
+UNEVEN = {1: 12, 2: 11, 3: 14}
+"""Experts for understanding, of 16, in each MoE block."""
+
+
+@pytest.fixture
+def uneven(tmp_path):
+    """A configuration with a partition table whose groups have other sizes in every block."""
+    table = ExpertPartition(
+        groups=("understanding", "generation"),
+        blocks=(1, 2, 3),
+        assignment=np.array([[0] * count + [1] * (16 - count) for count in UNEVEN.values()], dtype=np.int16),
+    )
+    path = tmp_path / "partition.json"
+    table.save(path)
+    return config(partition={"method": "file", "path": str(path)})
+
+
+def test_roles_are_counted_by_the_partition_table_where_it_is_there(uneven):
+    figures = plan(uneven, vocabulary=vocabulary())
+    expert, experts = 3 * 48 * 32, sum(UNEVEN.values())
+    assert figures.parameters["expert.understanding"] == experts * expert
+    assert figures.parameters["expert.generation"] == (3 * 16 - experts) * expert
+    assert figures.parameters["router.understanding"] == experts * 48
+    assert figures.parameters["router.generation"] == (3 * 16 - experts) * 48
+    assert figures.total == TOTAL
+
+
+def test_a_table_of_another_model_is_refused(uneven):
+    with pytest.raises(ConfigError, match="partition"):
+        plan(replace(uneven, model=replace(uneven.model, dense_blocks=[])), vocabulary=vocabulary())
+
+
+def test_a_table_that_is_not_there_yet_leaves_the_configured_sizes():
+    figures = plan(config(partition={"method": "file", "path": "nowhere.json"}), vocabulary=vocabulary())
+    assert figures.parameters["expert.understanding"] == 3 * 12 * 3 * 48 * 32
 
 
 def test_the_text_has_layout_parameters_lengths_and_memory():

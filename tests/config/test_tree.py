@@ -63,13 +63,17 @@ def test_places_of_a_replaced_list_are_forgotten(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("extends: none.yaml\n", r"child\.yaml:1: extends = 'none\.yaml' names no file .*relative to .*child\.yaml"),
+        (
+            "extends: none.yaml\n",
+            r"child\.yaml:1: extends = 'none\.yaml' names no file; it is relative to .*child\.yaml",
+        ),
         ("extends: [a, b]\n", r"child\.yaml:1: extends = \['a', 'b'\] must be the name of one file"),
         ("extends: child.yaml\n", r"child\.yaml: extends runs in a circle \(.*child\.yaml -> .*child\.yaml\)"),
+        (f"extends: {'x' * 300}\n", r"child\.yaml:1: extends = 'x{76}\.\.\. names no file; it is relative to"),
         ("modle: {blocks: 3}\n", r"child\.yaml:1: modle is not a section: did you mean 'model'\?"),
         ("model: 3\n", r"child\.yaml:1: model = 3 is not a section; put its settings below it"),
-        ("- model\n", r"child\.yaml: not a configuration: the file must be a table of sections"),
-        ("just text\n", r"child\.yaml: not a configuration: the file must be a table of sections"),
+        ("- model\n", r"child\.yaml: not a configuration; write a table of sections such as run: and model:"),
+        ("just text\n", r"child\.yaml: not a configuration; write a table of sections such as run: and model:"),
     ],
 )
 def test_a_wrong_file_is_refused(tmp_path, text, message):

@@ -15,7 +15,6 @@ Check = Callable[[Config], None]
 
 CHECKS: tuple[Check, ...] = (
     megatron.check_derived_fields,
-    megatron.check_types_of_read_fields,
     model.check_depth,
     model.check_width,
     model.check_rotary,
@@ -41,6 +40,7 @@ CHECKS: tuple[Check, ...] = (
     parallel.check_tensor_parallel_divides,
     parallel.check_expert_parallel,
     parallel.check_pipeline,
+    parallel.check_interleaved_sends,
     parallel.check_context_parallel,
     training.check_batch,
     training.check_stage_names,
@@ -53,9 +53,10 @@ CHECKS: tuple[Check, ...] = (
     training.check_stage_roles,
     training.check_projection,
     training.check_schedule,
+    training.check_skip_steps,
     training.check_evaluation,
     training.check_diagnostics,
-    training.check_retention,
+    training.check_checkpoints,
 )
 
 DEVICE_CHECKS: tuple[Callable[..., None], ...] = (
@@ -80,6 +81,7 @@ def check_config(config: Config) -> None:
     Raises:
         ConfigError: the first mistake.
     """
+    megatron.check_types_of_read_fields(config)
     check_config_for_device(config, config.run.device)
     for check in CHECKS:
         check(config)

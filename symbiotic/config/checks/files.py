@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 from symbiotic.config.layout import parallel_layout
+from symbiotic.config.messages import shown
 from symbiotic.config.schema import Config, SourceConfig
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
@@ -16,17 +19,22 @@ def check_run_folder(config: Config) -> None:
     """The run folder is a folder, or can become one."""
     folder = Path(config.run.folder)
     for place in (folder, *folder.parents):
-        if place.exists() and not place.is_dir():
-            raise config.origin.error(
-                "run.folder", f"= {config.run.folder!r}: {place} is a file; choose another folder"
-            )
+        try:
+            problem = None if stat.S_ISDIR(os.stat(place).st_mode) else f"{place} is a file"
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:  # such as a name that is too long
+            problem = f"it can't be used ({error.strerror})"
+        if problem:
+            raise config.origin.error("run.folder", f"= {shown(config.run.folder)}: {problem}; choose another folder")
 
 
 def check_vocabulary(config: Config) -> None:
     """The vocabulary layout exists, and the tensor-parallel size divides both of its parts."""
-    if not Path(config.model.vocabulary).is_file():
+    if not os.path.isfile(config.model.vocabulary):
         raise config.origin.error(
-            "model.vocabulary", f"= {config.model.vocabulary!r} is not there; name the vocabulary.json of the corpus"
+            "model.vocabulary",
+            f"= {shown(config.model.vocabulary)} is not there; name the vocabulary.json of the corpus",
         )
     vocabulary = VocabularyLayout.load(config.model.vocabulary)
     tensor = parallel_layout(config).tensor
@@ -56,26 +64,27 @@ def check_shards(config: Config) -> None:
 
 def _check_shard(config: Config, source: SourceConfig, *, path: tuple[str, ...]) -> None:
     for suffix in SUFFIXES[source.format]:
-        if not Path(source.prefix + suffix).is_file():
+        if not os.path.isfile(source.prefix + suffix):
             hint = "write it with tools/preprocess_data.py" if source.format == "symbiotic" else "check the prefix"
+            file = f"{source.prefix}{suffix}" if len(source.prefix) < 200 else f"the file {suffix} of it"
             raise config.origin.error(
-                path, f"= {source.prefix!r}: {source.prefix}{suffix} is not there; correct the prefix or {hint}"
+                path, f"= {shown(source.prefix)}: {file} is not there; correct the prefix or {hint}"
             )
 
 
 def check_partition_table(config: Config) -> None:
     """The partition table exists where one is read."""
     path = config.partition.path
-    if path is not None and not Path(path).is_file():
+    if path is not None and not os.path.isfile(path):
         raise config.origin.error(
-            "partition.path", f"= {path!r} is not there; write it with tools/partition_experts.py"
+            "partition.path", f"= {shown(path)} is not there; write it with tools/partition_experts.py"
         )
 
 
 def check_checkpoint(config: Config) -> None:
     """The checkpoint to take weights from is a folder."""
     path = config.checkpoint.load
-    if path is not None and not Path(path).is_dir():
+    if path is not None and not os.path.isdir(path):
         raise config.origin.error(
-            "checkpoint.load", f"= {path!r} is not a folder; name a checkpoint such as RUN/checkpoints"
+            "checkpoint.load", f"= {shown(path)} is not a folder; name a checkpoint such as RUN/checkpoints"
         )

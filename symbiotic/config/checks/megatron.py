@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from symbiotic.config.convert import kind_of, type_words
@@ -104,8 +105,14 @@ def check_overlap(config: Config) -> None:
 
 
 def check_limits(config: Config) -> None:
-    """Rates, probabilities and coefficients lie in their range."""
+    """Rates, probabilities and coefficients lie in their range, and every number is one."""
     for section, values in _sections(config).items():
+        for name, value in values.items():
+            items = value if isinstance(value, list) else [value]
+            if any(isinstance(item, float) and math.isnan(item) for item in items):
+                raise config.origin.error(
+                    (section, name), f"= {shown(value)} is not a number, but must be a number; change it"
+                )
         for name, (minimum, maximum) in LIMITS[section].items():
             given = values.get(name)
             for value in given if isinstance(given, list) else [given]:

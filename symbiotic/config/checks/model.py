@@ -29,7 +29,7 @@ def check_depth(config: Config) -> None:
         try:
             pattern = LayerPattern.parse(model.layer_pattern)
         except ValueError as error:
-            raise origin.error("model.layer_pattern", f"= {shown(model.layer_pattern)} {error}") from error
+            raise origin.error("model.layer_pattern", f"= {shown(model.layer_pattern)} {error}; change it") from error
         if model.dense_blocks:
             raise origin.error(
                 "model.dense_blocks", "is given beside model.layer_pattern, which says it too; remove one"
@@ -152,7 +152,7 @@ def check_router_groups(config: Config) -> None:
     for name, router in config.routers.items():
         if router.group not in config.groups:
             remedy = did_you_mean(router.group, list(config.groups), what="group")
-            raise config.origin.error(("routers", name, "group"), f"= {router.group!r} is not a group: {remedy}")
+            raise config.origin.error(("routers", name, "group"), f"= {shown(router.group)} is not a group: {remedy}")
     served = {router.group for router in config.routers.values()}
     for group in config.groups:
         if group not in served:
@@ -174,10 +174,10 @@ def check_router_types(config: Config) -> None:
                 raise config.origin.error(key, "names 'padding', which always goes with text; remove it")
             if type_name not in type_names():
                 remedy = did_you_mean(type_name, type_names(), what="token type")
-                raise config.origin.error(key, f"names {type_name!r}, which is not a token type: {remedy}")
+                raise config.origin.error(key, f"names {shown(type_name)}, which is not a token type: {remedy}")
             if type_name in owner:
                 raise config.origin.error(
-                    key, f"names {type_name!r}, which router {owner[type_name]!r} has already; name it once"
+                    key, f"names {shown(type_name)}, which router {shown(owner[type_name])} has already; name it once"
                 )
             owner[type_name] = name
     if config.routers and "text" not in owner:
@@ -298,10 +298,10 @@ def _check_own_start(config: Config, name: str, group: GroupConfig) -> None:
         return
     kind, _, other = group.own_start.partition(":")
     if kind != "copy_from":
-        raise config.origin.error(key, f"= {group.own_start!r} is neither copy_from:GROUP nor random; change it")
+        raise config.origin.error(key, f"= {shown(group.own_start)} is neither copy_from:GROUP nor random; change it")
     if other not in config.groups:
         raise config.origin.error(
-            key, f"= {group.own_start!r} names no group: {did_you_mean(other, list(config.groups), what='group')}"
+            key, f"= {shown(group.own_start)} names no group: {did_you_mean(other, list(config.groups), what='group')}"
         )
     if other == name:
-        raise config.origin.error(key, f"= {group.own_start!r} names the group itself; name another group")
+        raise config.origin.error(key, f"= {shown(group.own_start)} names the group itself; name another group")

@@ -101,6 +101,28 @@ def check_pipeline(config: Config) -> None:
         )
 
 
+def check_interleaved_sends(config: Config) -> None:
+    """Which ways of sending between stages the interleaved schedule can take."""
+    layout = parallel_layout(config)
+    overlap, batch = (value_of(config, name) for name in ("overlap_p2p_comm", "batch_p2p_comm"))
+    key = (TRANSFORMER, "overlap_p2p_comm")
+    if layout.virtual_pipeline is None:
+        return
+    if overlap and batch:
+        raise config.origin.error(
+            key,
+            "= true overlaps single sends, but batch_p2p_comm = true would batch them; set batch_p2p_comm to false",
+        )
+    if layout.pipeline == 2 and not overlap:
+        # Both neighbours are the same rank then, and one batch of sends and receives mixes up who gets what
+        # (Megatron-LM's arguments.py asks for more than 2 stages in this case).
+        raise config.origin.error(
+            key,
+            "= false would mix up activations and gradients of an interleaved pipeline of 2 stages; set it to true and "
+            "batch_p2p_comm to false",
+        )
+
+
 def check_context_parallel(config: Config) -> None:
     """Context parallelism splits a sample into 2 x size pieces, and comes with Transformer Engine's attention."""
     size = parallel_layout(config).context

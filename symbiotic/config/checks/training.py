@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 
 from symbiotic.config.layout import check_world_size, parallel_layout
 from symbiotic.config.megatron_fields import OPTIMIZER, value_of
-from symbiotic.config.messages import KeyPath, did_you_mean
+from symbiotic.config.messages import KeyPath, did_you_mean, shown
 from symbiotic.config.roles import roles_of
 from symbiotic.config.routing_defaults import type_names
 from symbiotic.config.schema import Config, ShieldRamp
@@ -31,7 +31,7 @@ def _check_unique(config: Config, names: Iterable[str], *, path: KeyPath, what: 
         if name in seen:
             raise config.origin.error(
                 (*path, str(index), "name"),
-                f"= {name!r} is the name of {what} {seen.index(name)} already; choose another",
+                f"= {shown(name)} is the name of {what} {seen.index(name)} already; choose another",
             )
         seen.append(name)
 
@@ -156,6 +156,29 @@ def check_schedule(config: Config) -> None:
         )
 
 
+def check_skip_steps(config: Config) -> None:
+    """The spans are in order, don't overlap and leave the run's last step, at which its end is measured."""
+    reached, steps = 0, config.training.steps
+    for index, span in enumerate(config.training.skip_steps):
+        path = ("training", "skip_steps", str(index))
+        if span.end < span.start:
+            raise config.origin.error(
+                (*path, "to"), f"= {span.end} is before its from = {span.start}; a span needs from <= to"
+            )
+        if span.start <= reached:
+            raise config.origin.error(
+                (*path, "from"),
+                f"= {span.start} is not after the span before, which ends at {reached}; put the spans in order, "
+                "without overlap",
+            )
+        if span.end >= steps:
+            raise config.origin.error(
+                (*path, "to"),
+                f"= {span.end} is not before the last step, training.steps = {steps}; lower it, or end the run earlier",
+            )
+        reached = span.end
+
+
 def check_evaluation(config: Config) -> None:
     """Evaluation at an interval needs something to evaluate on."""
     if config.training.evaluation_interval is not None and not config.data.validation:
@@ -182,9 +205,14 @@ def check_diagnostics(config: Config) -> None:
         )
 
 
-def check_retention(config: Config) -> None:
-    """A checkpoint that is to be kept for ever is one that is saved."""
+def check_checkpoints(config: Config) -> None:
+    """A checkpoint that is to be kept for ever is one that is saved, and there is training beside an async one."""
     interval, keep_every = config.checkpoint.interval, config.checkpoint.keep_every
+    if config.checkpoint.async_save and interval is None:
+        raise config.origin.error(
+            "checkpoint.async_save",
+            "= true does nothing for the checkpoint at the end, which is waited for; set checkpoint.interval too",
+        )
     if keep_every is not None and (interval is None or keep_every % interval):
         raise config.origin.error(
             "checkpoint.keep_every",

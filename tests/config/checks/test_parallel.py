@@ -12,6 +12,8 @@ VPP = f"{T}.virtual_pipeline_model_parallel_size"
 EP = f"{T}.expert_model_parallel_size"
 CP = f"{T}.context_parallel_size"
 SP = f"{T}.sequence_parallel"
+OVERLAP = f"{T}.overlap_p2p_comm"
+BATCH = f"{T}.batch_p2p_comm"
 CUDA = {"run.device": "cuda"}
 
 
@@ -47,6 +49,16 @@ CUDA = {"run.device": "cuda"}
         ({VPP: 2}, "virtual_pipeline_model_parallel_size = 2 needs pipeline_model_parallel_size > 1"),
         ({PP: 2, VPP: 1}, "virtual_pipeline_model_parallel_size = 1 means no interleaving"),
         (
+            {PP: 2, VPP: 2},
+            "overlap_p2p_comm = false would mix up activations and gradients of an interleaved pipeline of 2 stages; "
+            "set it to true and batch_p2p_comm to false",
+        ),
+        (
+            {PP: 2, VPP: 2, OVERLAP: True},
+            "overlap_p2p_comm = true overlaps single sends, but batch_p2p_comm = true would batch them; set "
+            "batch_p2p_comm to false",
+        ),
+        (
             {CP: 2},
             "context_parallel_size = 2 needs Transformer Engine's attention, which needs a GPU, and the device is cpu",
         ),
@@ -64,7 +76,7 @@ CUDA = {"run.device": "cuda"}
             "global_batch_size = 2 is not a multiple of 4, the micro batch of 2 times 2",
         ),
         (
-            {PP: 2, VPP: 2, "training.global_batch_size": 6},
+            {PP: 2, VPP: 2, OVERLAP: True, BATCH: False, "training.global_batch_size": 6},
             "training.global_batch_size = 6 gives 3 microbatches a step, but interleaved pipelining needs",
         ),
     ],
@@ -83,7 +95,7 @@ def test_an_impossible_layout_is_refused(changes, message):
         {TP: 4, SP: True, f"{T}.num_query_groups": 2},  # fewer query groups than ranks: they are shared
         {PP: 4},
         {PP: 3},
-        {PP: 2, VPP: 2},
+        {PP: 2, VPP: 2, OVERLAP: True, BATCH: False},
         {EP: 8},
         {TP: 2, SP: True, PP: 2, EP: 4, f"{T}.expert_tensor_parallel_size": 1},
         {**CUDA, CP: 2, "model.backend": "transformer_engine"},

@@ -93,6 +93,17 @@ from tests.config.trees import config
             "checkpoint.keep_every = 6 is not a multiple of checkpoint.interval",
         ),
         ({"checkpoint": {"interval": None, "keep_every": 6}}, "checkpoint.keep_every = 6 is not a multiple"),
+        ({"checkpoint": {"interval": None, "async_save": True}}, "checkpoint.async_save = true does nothing for the"),
+        ({"training.skip_steps": [{"from": 7, "to": 6}]}, "skip_steps.0.to = 6 is before its from = 7; a span needs"),
+        (
+            {"training.skip_steps": [{"from": 2, "to": 4}, {"from": 4, "to": 5}]},
+            "training.skip_steps.1.from = 4 is not after the span before, which ends at 4; put the spans in order",
+        ),
+        ({"training.skip_steps": [{"from": 0, "to": 4}]}, "training.skip_steps.0.from = 0 is too small"),
+        ({"training.skip_steps": [{"from": 2, "to": 10**6}]}, "skip_steps.0.to = 1000000 is not before the last step"),
+        ({"training.skip_steps": [{"from": 2}]}, "training.skip_steps.0.to is missing"),
+        ({"training.skip_steps": [3]}, "training.skip_steps.0 = 3 is a whole number, but must be a table"),
+        ({"training.max_non_finite_steps": 0}, "training.max_non_finite_steps = 0 is too small"),
     ],
 )
 def test_an_impossible_run_is_refused(changes, message):
