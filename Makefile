@@ -12,7 +12,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-slow lint bench bench-router
+.PHONY: setup demo test test-slow lint bench bench-router bench-convert
 
 demo: setup
 	$(PYTHON_VENV) examples/digits/recipe.py
@@ -28,10 +28,13 @@ lint: setup
 	$(PYTHON_VENV) -m ruff check .
 	$(PYTHON_VENV) -m ruff format --check .
 
-bench: bench-router
+bench: bench-router bench-convert
 
 bench-router: setup
 	$(PYTHON_VENV) -m benchmarks.bench_router
+
+bench-convert: setup
+	$(PYTHON_VENV) -m benchmarks.bench_convert
 
 setup:
 	@sh scripts/setup.sh

@@ -4,8 +4,12 @@ Raise one of these where a file, a setting or a launch is wrong. The message nam
 it, the value found and the remedy. ``assert`` stays for what can't happen.
 """
 
+import contextlib
 import functools
+import json
+import os
 import sys
+import time
 from collections.abc import Callable
 
 
@@ -22,25 +26,83 @@ class DataError(UserError):
 
 
 class CheckpointError(UserError):
-    """A missing, incomplete, damaged or foreign checkpoint."""
+    """A missing, incomplete, damaged or foreign checkpoint.
+
+    Attributes:
+        file: the damaged or missing file, None where the mistake isn't one file's.
+    """
+
+    def __init__(self, message: str, *, file: os.PathLike[str] | str | None = None) -> None:
+        super().__init__(message)
+        self.file = None if file is None else os.fspath(file)
 
 
 class LaunchError(UserError):
     """A process layout, device or environment that can't run the job."""
 
 
+class TrainingError(UserError):
+    """A run whose numbers are no longer finite: going on would train nothing."""
+
+
+class RankLostError(RuntimeError):
+    """Another rank is gone or has failed, so this one can't go on; its message is the whole explanation."""
+
+
+HOLD_BACK_SECONDS = 3.0
+"""How long ranks other than 0 wait with a message: rank 0 usually has the same one, and its launcher ends them then."""
+
+
 def exits_on_user_error(main: Callable[..., int | None]) -> Callable[..., None]:
     """Turn ``main`` into a command: a UserError prints one line to stderr and exits with code 1.
 
-    Any other exception is a defect of ours and keeps its traceback. The returned function never returns.
+    Of the ranks of a run one prints it. Any other exception is a defect of ours and keeps its traceback. The returned
+    function never returns.
     """
 
     @functools.wraps(main)
     def command(*args, **kwargs) -> None:
         try:
             sys.exit(main(*args, **kwargs) or 0)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        except (UserError, RankLostError) as error:
+            _tell_torchrun(error)
+            _tell_user(error)
             sys.exit(1)
 
     return command
+
+
+def set_told(error: BaseException, *, elsewhere: bool) -> None:
+    """Note whether another rank, or thread, prints this error; without a note nobody has asked the others."""
+    error._told_elsewhere = elsewhere
+
+
+def _tell_user(error: Exception) -> None:
+    elsewhere = getattr(error, "_told_elsewhere", None)
+    if elsewhere:
+        return
+    rank = _rank()
+    if elsewhere is None and rank > 0:
+        time.sleep(HOLD_BACK_SECONDS)
+        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    else:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _tell_torchrun(error: Exception) -> None:
+    """Leave the sentence where torchrun looks for it (torch.distributed.elastic.multiprocessing.errors).
+
+    It ends its report of several lines with it then, instead of with the address of its manual.
+    """
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": f"error: {error}", "timestamp": int(time.time())}
+        with contextlib.suppress(OSError), open(path, "w", encoding="utf-8") as file:
+            json.dump(content, file)
+
+
+def _rank() -> int:
+    """This process's rank as torchrun or srun says; 0 where neither does."""
+    launched_by_srun = os.environ.get("SLURM_STEP_NUM_TASKS", "1") != "1"
+    value = os.environ.get("RANK") or (os.environ.get("SLURM_PROCID") if launched_by_srun else None) or "0"
+    return int(value) if value.isdecimal() else 0

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from symbiotic.errors import LaunchError
+
 
 def fsync_folder(folder: Path | str) -> None:
     """Flush a folder's entries (renames and new names) to the disk."""
@@ -37,6 +39,31 @@ def replacing(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
+
+
+def disk_error(error: BaseException) -> OSError | None:
+    """The error of the file system behind ``error``, None where there is none.
+
+    torch.save covers an OSError of the stream with a RuntimeError about the position in its archive.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return cause
+
+
+@contextlib.contextmanager
+def reporting_unwritable(path: Path | str) -> Iterator[None]:
+    """Turn an error of the file system, such as a full disk, into a LaunchError that names ``path``."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        cause = disk_error(error)
+        if cause is None:
+            raise
+        raise LaunchError(
+            f"{path} can't be written ({cause.strerror}); make room or make it writable, and start again"
+        ) from error
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -20,6 +20,7 @@ class RunBy(Enum):
     CI = "a phase of .ci/run"
     HERE = "in this file"
     ON_THE_DEMO = "in this file, slow, on the results of `make demo`"
+    ON_A_CLUSTER = "in tests/slurm/test_cluster.py, slow, on a Slurm cluster"
     IN_SMALL = "with --smoke in tests/examples or tests/test_benchmarks.py, slow: too long here"
 
 
@@ -59,9 +60,32 @@ COMMANDS = {
     "--output mine/shards/merged --vocabulary mine/vocabulary.json": RunBy.ON_THE_DEMO,
     "python tools/inspect_data.py mine/shards/merged --vocabulary mine/vocabulary.json "
     "--tokenizer mine/tokenizer.model --codec mine/codec --html mine/merged.html": RunBy.ON_THE_DEMO,
+    "python tools/train_tokenizer.py --tokenizer-json runs/digits/export/tokenizer.json "
+    "--output mine/json/tokenizer.json --vocabulary mine/json/vocabulary.json --codec mine/codec --resolution 4x4 "
+    "--resolution 6x16": RunBy.ON_THE_DEMO,
+    "python tools/tokenize_images.py --input runs/digits/corpus/generation_train.jsonl --codec mine/codec "
+    "--vocabulary mine/vocabulary.json --output mine/codes --preview 16": RunBy.ON_THE_DEMO,
+    "python tools/preprocess_data.py --input mine/codes/*.jsonl.zst --output mine/shards/from_codes "
+    "--vocabulary mine/vocabulary.json --tokenizer mine/tokenizer.model --workers 2": RunBy.ON_THE_DEMO,
     "python examples/digits/baselines.py --dry-run": RunBy.HERE,
     "python examples/digits/baselines.py": RunBy.IN_SMALL,
+    "python pretrain_symbiotic.py --config examples/presets/30b_a3b_generation_64_gpus.yaml --dry-run --processes 64": (
+        RunBy.HERE
+    ),
+    "training=$(sbatch --parsable --nodes=2 --ntasks-per-node=1 --cpus-per-task=1 --gpus-per-node=0 "
+    "examples/slurm/pretrain.sbatch)": RunBy.ON_A_CLUSTER,
+    "export=$(sbatch --parsable --dependency=afterok:$training --cpus-per-task=1 --gpus-per-node=0 "
+    "examples/slurm/convert_and_evaluate.sbatch)": RunBy.ON_A_CLUSTER,
+    "scancel --batch --signal=USR1 $training": RunBy.ON_A_CLUSTER,
+    'shards=$(sbatch --parsable --array=0-1 --cpus-per-task=1 examples/slurm/preprocess.sbatch --codec "$CODEC")': (
+        RunBy.ON_A_CLUSTER
+    ),
+    "merge=$(sbatch --parsable --dependency=afterok:$shards --wrap "
+    """'"$PYTHON" tools/merge_data.py "$OUTPUT"-*.manifest.json --output "$OUTPUT" --vocabulary "$VOCABULARY"')""": (
+        RunBy.ON_A_CLUSTER
+    ),
     "make bench-router": RunBy.IN_SMALL,
+    "python tools/verify_checkpoint.py runs/digits/generation": RunBy.ON_THE_DEMO,
     "python tools/report.py runs/digits/generation": RunBy.ON_THE_DEMO,
     "python tools/report.py runs/digits/generation runs/digits/understanding --output runs/compared": (
         RunBy.ON_THE_DEMO
@@ -140,6 +164,12 @@ def test_a_slow_test_runs_it_in_small(command: str):
     test = "test_benchmarks.py" if subject.startswith("bench") else f"examples/test_{Path(subject).name}"
     content = (ROOT / "tests" / test).read_text(encoding="utf-8")
     assert "pytest.mark.slow" in content and '"--smoke"' in content
+
+
+@pytest.mark.parametrize("command", commands_run(RunBy.ON_A_CLUSTER))
+def test_the_cluster_runs_the_blocks_of_its_page(command: str):
+    assert SHOWN[command] == "docs/slurm.md"
+    assert 'blocks(Path("docs/slurm.md"), "sh")' in (ROOT / "tests/slurm/test_cluster.py").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

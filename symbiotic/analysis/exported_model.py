@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from symbiotic.analysis.sequences import Segment, TokenSequence, image_to_draw
 from symbiotic.errors import CheckpointError, DataError
+from symbiotic.huggingface.own_code import trusts_code_of
 from symbiotic.tokens.types import TokenType
 
 
@@ -49,19 +50,20 @@ class ExportedModel:
 
     @classmethod
     def load(cls, folder: Path | str, *, batch_size: int = 64, device: str = "cpu") -> ExportedModel:
-        """Load a folder that tools/convert_checkpoint.py wrote; it runs the modeling code inside the folder.
+        """Load a folder that tools/convert_checkpoint.py wrote; the modeling code inside runs if it is this release's.
 
         Raises:
-            CheckpointError: the folder isn't an exported model that knows images.
+            CheckpointError: the folder isn't an exported model that knows images, or brings other code.
         """
         folder = Path(folder)
         if not (folder / "config.json").is_file():
             raise CheckpointError(f"{folder}: no config.json; make one with tools/convert_checkpoint.py export")
         disable_progress_bar()  # of the loading of weights, which takes no time worth showing
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+        trusted = trusts_code_of(folder)
+        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=trusted, dtype=torch.float32)
         if getattr(model.config, "image_vocabulary", None) is None:
             raise CheckpointError(f"{folder}: config.json has no image_vocabulary: the model knows no images")
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trusted)
         # Documents longer than a training sample are scored in windows: no warning about their length.
         processor.tokenizer.model_max_length = 1 << 30
         return cls(model.to(device), processor, batch_size=batch_size)

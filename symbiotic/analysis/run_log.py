@@ -82,10 +82,13 @@ def read_run_log(folder: Path | str) -> RunLog:
 def collect(events: Iterable[dict[str, Any]], *, name: str) -> RunLog:
     """Sort a run's events by kind and step, losses into curves.
 
-    A resumed run logs the steps after its checkpoint again; the later entry of a step counts.
+    A resumed run logs the steps after its checkpoint again, or passes some over; the later entry of a step counts.
     """
     by_kind: dict[str, Events] = defaultdict(dict)
     for event in events:
+        if event.get("event") == "skipped_steps":
+            for kind in by_kind.keys() - {"stage"}:
+                by_kind[kind] = {step: seen for step, seen in by_kind[kind].items() if not _is_skipped(step, event)}
         # A stage is announced again after a resume in its middle.
         by_kind[event.get("event", "")][event.get("first_step", event.get("step", 0))] = event
     steps = dict(sorted(by_kind["step"].items()))
@@ -110,6 +113,10 @@ def collect(events: Iterable[dict[str, Any]], *, name: str) -> RunLog:
         gradients=dict(sorted(by_kind["gradients"].items())),
         probes=dict(sorted(by_kind["probe"].items())),
     )
+
+
+def _is_skipped(step: int, event: dict[str, Any]) -> bool:
+    return event["from"] <= step <= event["to"]
 
 
 def _numbers(values: dict[str, float | None]) -> list[tuple[str, float]]:

@@ -123,8 +123,13 @@ class BatchIterator:
     def _start_workers(self, step: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         # A generator of its own: the loader would draw from the global one, and a resumed run differ from one that
         # never stopped.
+        # Forked, whatever Python's default is: the mapped shards and the cache of the blend can't be pickled.
         loader = DataLoader(
-            _Steps(self, first=step), batch_size=None, num_workers=self._workers, generator=torch.Generator()
+            _Steps(self, first=step),
+            batch_size=None,
+            num_workers=self._workers,
+            generator=torch.Generator(),
+            multiprocessing_context="fork",
         )
         return iter(loader)
 

@@ -132,9 +132,8 @@ class BlendedDataset:
             "seed": seed,
             "sources": {source.name: source.identity for source in self.sources},
         }
-        self._resumed_at = 0
-        self._resumed_counts = np.zeros(len(self.names), dtype=np.int64)
         self._block = lru_cache(maxsize=4)(self._compute_block)
+        self._set_origin(0, {})
 
     def counts(self, index: int) -> dict[str, int]:
         """How many windows of each source are read before sample ``index``."""
@@ -155,6 +154,7 @@ class BlendedDataset:
         ``sample_id`` is the index, ``source_id`` the source's number and ``window_id`` the window of that
         source, counted through its epochs; all int64 scalars.
         """
+        self._check_known(index)
         block, place = divmod(index, _BLOCK)
         sources, windows = self._block(block)
         source, window = sources[place], windows[place]
@@ -162,8 +162,18 @@ class BlendedDataset:
         return {**sample, "sample_id": np.int64(index), "source_id": source, "window_id": window}
 
     def state(self, index: int) -> dict[str, Any]:
-        """What a checkpoint keeps of the data order when the next sample is ``index``: plain values."""
-        return {"next_sample": index, "windows_read": self.counts(index), "identity": self._identity}
+        """What a checkpoint keeps of the data order when the next sample is ``index``: plain values.
+
+        ``origin`` says from which sample, after which windows of each source, the mixtures give the order: an
+        accepted change starts it anew.
+        """
+        origin = {"sample": self._origin, "windows_read": self.counts(self._origin)}
+        return {
+            "next_sample": index,
+            "windows_read": self.counts(index),
+            "origin": origin,
+            "identity": self._identity,
+        }
 
     def load_state(self, state: Mapping[str, Any], *, accept_changes: bool = False) -> list[str]:
         """Go on from a saved state, and say what differs from the run that saved it.
@@ -180,19 +190,26 @@ class BlendedDataset:
             DataError: there are differences and they are not accepted.
         """
         index = int(state["next_sample"])
+        # States from before accepted changes were recorded have no origin.
+        origin = state.get("origin", {"sample": 0, "windows_read": {}})
+        self._set_origin(int(origin["sample"]), origin["windows_read"])
         differences = self._differences(state)
         if not differences:
             return []
         if not accept_changes:
             raise DataError(
                 f"the data order can't be continued at sample {index}: {'; '.join(differences)}; "
-                "restore the corpora and mixtures of the checkpoint or accept the change explicitly"
+                "restore the corpora and mixtures of the checkpoint, or accept the change with "
+                "checkpoint.accept_changes=[data]"
             )
-        read = state["windows_read"]
-        self._resumed_at = index
-        self._resumed_counts = np.array([int(read.get(name, 0)) for name in self.names], dtype=np.int64)
-        self._block.cache_clear()
+        self._set_origin(index, state["windows_read"])
         return differences
+
+    def _set_origin(self, sample: int, windows_read: Mapping[str, int]) -> None:
+        """Count windows from ``sample`` on, before which ``windows_read`` of each source were read."""
+        self._origin = sample
+        self._origin_counts = np.array([int(windows_read.get(name, 0)) for name in self.names], dtype=np.int64)
+        self._block.cache_clear()
 
     def _differences(self, state: Mapping[str, Any]) -> list[str]:
         saved, mine = state["identity"], self._identity
@@ -216,19 +233,26 @@ class BlendedDataset:
         return differences
 
     def _compute_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.draws(block * _BLOCK, (block + 1) * _BLOCK)
+        """Sources and windows of a block's samples; -1 for those before the origin."""
+        first, last = block * _BLOCK, (block + 1) * _BLOCK
+        unknown = np.full(max(0, self._origin - first), -1, dtype=np.int64)
+        sources, windows = self.draws(first + len(unknown), last)
+        return np.concatenate([unknown, sources]), np.concatenate([unknown, windows])
 
     def _counts(self, index: int) -> np.ndarray:
         """Windows read of each source before sample ``index``, int64 [sources]."""
-        if index < self._resumed_at:
-            raise DataError(
-                f"sample {index} lies before sample {self._resumed_at}, where the run was resumed with a changed "
-                "mixture; its order is not known any more"
-            )
-        counts = self._resumed_counts.copy()
-        for stage, first, last in self._spans(self._resumed_at, index):
+        self._check_known(index)
+        counts = self._origin_counts.copy()
+        for stage, first, last in self._spans(self._origin, index):
             counts += self._rotations[stage].counts(last) - self._rotations[stage].counts(first)
         return counts
+
+    def _check_known(self, index: int) -> None:
+        if index < self._origin:
+            raise DataError(
+                f"sample {index} lies before sample {self._origin}, where the run was resumed with a changed "
+                "mixture; its order is not known any more"
+            )
 
     def _spans(self, first: int, last: int) -> list[tuple[int, int, int]]:
         """(mixture, first, last) of the parts of a range of samples that one mixture covers."""

@@ -59,6 +59,11 @@ class DocumentDataset:
             raise DataError(f"data source {name!r} holds no document of two tokens or more; check its prefix")
 
     @property
+    def shards(self) -> list[Shard]:
+        """Its shards, in the order in which samples number them."""
+        return self._shards.shards
+
+    @property
     def num_documents(self) -> int:
         """Documents of all shards."""
         return self._shards.num_documents

@@ -110,7 +110,10 @@ def read_index(path: Path | str, *, with_modes: bool) -> SegmentIndex:
         raise DataError(f"{path}: this is no Megatron index file; write the shard again with tools/preprocess_data.py")
     version, code, num_segments, num_boundaries = struct.unpack("<QBQQ", head[len(HEADER) :])
     if version != FORMAT_VERSION:
-        raise DataError(f"{path}: index version {version} is unknown, this program reads version {FORMAT_VERSION}")
+        raise DataError(
+            f"{path}: index version {version} is unknown, this program reads version "
+            f"{FORMAT_VERSION}; write the shard again with tools/preprocess_data.py"
+        )
     if code not in DTYPE_CODES:
         raise DataError(f"{path}: token dtype code {code} is no integer type; write the shard again")
     without_modes = HEADER_BYTES + 12 * num_segments + 8 * num_boundaries

@@ -33,6 +33,7 @@ from symbiotic.data.index_file import CHUNK_SEGMENTS, SegmentIndex, read_index, 
 from symbiotic.data.segments import SEGMENT_TYPES, SegmentRules
 from symbiotic.errors import DataError
 from symbiotic.files import replacing, sha256_of, write_text
+from symbiotic.strict_json import brief, misfit, parse_json
 from symbiotic.tokens.types import TokenType, split_modes
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
@@ -42,6 +43,14 @@ SHARD_FORMAT = "symbiotic-shard"
 SHARD_VERSION = 1
 FILE_SUFFIXES = {"tokens": ".bin", "index": ".idx", "documents": ".docs.parquet"}
 """Role of each data file in the manifest, and its ending."""
+
+_MANIFEST_SHAPE = {
+    **dict.fromkeys(("format", "vocabulary", "tokenizer", "dtype", "digest"), str),
+    **dict.fromkeys(("version", "documents", "segments", "tokens"), int),
+    "by_type": {str: {"segments": int, "tokens": int, "loss_tokens": int}},
+    "files": {role: {"name": str, "size": int, "sha256": str} for role in FILE_SUFFIXES},
+}
+"""Kinds of values of a manifest, see ``strict_json.misfit``."""
 
 ShardFormat = Literal["symbiotic", "megatron"]
 
@@ -286,8 +295,8 @@ def read_manifest(prefix: Path | str) -> dict[str, Any]:
     """
     path = shard_path(prefix, ".manifest.json")
     try:
-        text = path.read_bytes().decode("utf-8")
-        manifest = json.loads(text)
+        content = path.read_bytes()
+        manifest = parse_json(content)
     except FileNotFoundError:
         raise DataError(f"{path}: {_missing(prefix)}") from None
     except ValueError as error:
@@ -296,10 +305,13 @@ def read_manifest(prefix: Path | str) -> dict[str, Any]:
         raise DataError(f"{path}: this is no manifest of a shard; write the shard again with tools/preprocess_data.py")
     if manifest.get("version") != SHARD_VERSION:
         raise DataError(
-            f"{path}: shard version {manifest.get('version')!r} is unknown, this program reads version "
+            f"{path}: shard version {brief(manifest.get('version'))} is unknown, this program reads version "
             f"{SHARD_VERSION}; write the shard again with tools/preprocess_data.py"
         )
-    if manifest_text(manifest) != text:
+    fault = misfit(manifest, _MANIFEST_SHAPE)
+    if fault:
+        raise DataError(f"{path}: this is no manifest of a shard: {fault}; write the shard again")
+    if manifest_text(manifest).encode() != content:
         raise DataError(f"{path}: the manifest was changed after it was written; write the shard again")
     return manifest
 
@@ -390,11 +402,12 @@ class Shard:
         if vocabulary is not None and manifest["vocabulary"] != vocabulary.digest:
             raise DataError(
                 f"{shard_path(prefix, '.manifest.json')}: the shard was written with vocabulary "
-                f"{manifest['vocabulary'][:12]}, this run uses {vocabulary.digest[:12]}; set model.vocabulary to the "
-                "layout of the corpus or write the shard again"
+                f"{brief(manifest['vocabulary'][:12])}, this run uses {vocabulary.digest[:12]}; set model.vocabulary "
+                "to the layout of the corpus or write the shard again"
             )
         index = read_index(shard_path(prefix, ".idx"), with_modes=True)
         _check_tokens_size(prefix, index)
+        _check_counts(prefix, manifest, index)
         return cls(prefix=prefix, format=format, index=index, manifest=manifest)
 
     @property
@@ -457,8 +470,11 @@ class Shard:
         path = shard_path(self.prefix, ".docs.parquet")
         try:
             table = pq.read_table(path)
+            table.validate(full=True)  # that texts are UTF-8, for one
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: the document table can't be read ({error}); copy the shard again") from error
+            raise DataError(
+                f"{path}: the document table can't be read ({brief(str(error))}); copy the shard again"
+            ) from error
         if table.schema.names != DOCUMENT_SCHEMA.names or table.schema.types != DOCUMENT_SCHEMA.types:
             raise DataError(f"{path}: these aren't the columns of a document table; write the shard again")
         return table
@@ -487,13 +503,29 @@ def _check_tokens_size(prefix: Path, index: SegmentIndex) -> None:
         )
 
 
+def _check_counts(prefix: Path, manifest: dict[str, Any], index: SegmentIndex) -> None:
+    """Compare what the manifest counts with what the index has."""
+    found = {
+        "documents": index.num_documents,
+        "segments": index.num_segments,
+        "tokens": index.num_tokens,
+        "dtype": index.dtype.name,
+    }
+    for name, value in found.items():
+        if manifest[name] != value:
+            raise DataError(
+                f"{shard_path(prefix, '.manifest.json')}: {name} is {brief(manifest[name])}, the index has {value}; "
+                "write the shard again"
+            )
+
+
 def _check_files(prefix: Path, manifest: dict[str, Any], *, hashed: Sequence[str]) -> None:
     """Compare the files of a shard with the manifest: sizes of all, digests of the roles in ``hashed``."""
     for role, suffix in FILE_SUFFIXES.items():
         path, expected = shard_path(prefix, suffix), manifest["files"][role]
         if path.name != expected["name"]:
             raise DataError(
-                f"{shard_path(prefix, '.manifest.json')}: the manifest belongs to {expected['name']}; "
+                f"{shard_path(prefix, '.manifest.json')}: the manifest belongs to {brief(expected['name'])}; "
                 "a shard can't be renamed, write it again under the new name"
             )
         if not path.exists():
@@ -525,15 +557,12 @@ def verify_shard(prefix: Path | str, *, vocabulary: VocabularyLayout | None = No
     manifest = read_manifest(prefix)
     _check_files(prefix, manifest, hashed=tuple(FILE_SUFFIXES))
     shard = Shard.open(prefix, vocabulary=vocabulary)
-    found = {"documents": shard.num_documents, "segments": shard.num_segments, "tokens": shard.num_tokens}
-    for name, count in found.items():
-        if manifest[name] != count:
-            raise DataError(
-                f"{shard_path(prefix, '.manifest.json')}: {name} is {manifest[name]}, the index has {count}"
-            )
     rows = shard.read_documents().num_rows
     if rows != shard.num_documents:
-        raise DataError(f"{shard_path(prefix, '.docs.parquet')}: {rows} rows for {shard.num_documents} documents")
+        raise DataError(
+            f"{shard_path(prefix, '.docs.parquet')}: {rows} rows for {shard.num_documents} documents; "
+            "write the shard again"
+        )
     _verify_structure(shard)
     if vocabulary is not None:
         _verify_ids(shard, vocabulary)
@@ -555,8 +584,6 @@ def _verify_structure(shard: Shard) -> None:
         counts.add(lengths, shard.index.modes[first : first + CHUNK_SEGMENTS])
     if shard.manifest["by_type"] != counts.by_type():
         raise DataError(f"{manifest_path}: by_type doesn't count what the index has; write the shard again")
-    if shard.manifest["dtype"] != shard.index.dtype.name:
-        raise DataError(f"{manifest_path}: dtype is {shard.manifest['dtype']}, the index has {shard.index.dtype.name}")
 
 
 def _verify_ids(shard: Shard, vocabulary: VocabularyLayout) -> None:
@@ -569,4 +596,4 @@ def _verify_ids(shard: Shard, vocabulary: VocabularyLayout) -> None:
         tokens = shard.tokens[start : start + int(lengths.sum())]
         fault = rules.fault(tokens, lengths=lengths, types=shard.types[first : first + step], first_segment=first)
         if fault is not None:
-            raise DataError(f"{shard_path(shard.prefix, '.bin')}: {fault}")
+            raise DataError(f"{shard_path(shard.prefix, '.bin')}: {fault}; write the shard again")

@@ -7,6 +7,7 @@ times out. The functions work without process groups too, where they just call t
 import pickle
 from collections.abc import Callable
 
+import torch
 import torch.distributed as dist
 
 from symbiotic.errors import UserError
@@ -77,6 +78,16 @@ def gather[Value](action: Callable[[], Value]) -> list[Value]:
     if size > 1:
         dist.all_gather_object(values, value)
     return values
+
+
+def true_everywhere(flag: bool) -> bool:
+    """Whether ``flag`` is true on every rank."""
+    if rank_and_size()[1] == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    flags = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    dist.all_reduce(flags, op=dist.ReduceOp.MIN)
+    return bool(flags.item())
 
 
 def _transportable(error: Exception) -> Exception:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from symbiotic.distributed.cpu_collectives import with_uneven_parts, with_uneven_pieces
 from symbiotic.distributed.cpu_optimizer import AdamW
 from symbiotic.errors import LaunchError
 
@@ -293,7 +294,7 @@ _CUDA_ANSWERS: dict[str, Any] = {
 
 
 def _answer_for_cuda() -> None:
-    """Replace the surface of ``torch.cuda``, ``torch.accelerator`` and ``dist.barrier`` that Megatron uses."""
+    """Replace what Megatron uses of ``torch.cuda``, ``torch.accelerator`` and of collectives that gloo hasn't whole."""
     for name, answer in _CUDA_ANSWERS.items():
         setattr(torch.cuda, name, answer)
     for name in ("get_rng_state", "set_rng_state", "manual_seed", "manual_seed_all"):
@@ -314,6 +315,8 @@ def _answer_for_cuda() -> None:
         return barrier(group=group, async_op=async_op)
 
     dist.barrier = barrier_without_devices
+    dist.all_gather = with_uneven_parts(dist.all_gather)
+    dist.reduce_scatter = with_uneven_pieces(dist.reduce_scatter)
 
 
 def _without_compiling(model: Callable[..., Any] | None = None, **options: Any) -> Any:

@@ -1,80 +1,21 @@
-"""Start and end of the processes of a run: who am I, where do we meet, which groups do we form.
+"""Start and end of the processes of a run: where do we meet, which groups do we form, how do we leave.
 
-A process learns its place from torchrun (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``, ...), from ``srun`` with one
-task a rank (``SLURM_PROCID``, ``SLURM_STEP_NUM_TASKS``, ...), or is alone. The processes meet at the address that the
-launcher names and nowhere else.
+The processes meet at the address that the launcher names and nowhere else.
 """
 
 import logging
 import os
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from symbiotic.distributed.peers import could_not_meet, meet
+from symbiotic.distributed.place import Place, read_place
 from symbiotic.errors import LaunchError
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a process stands in its job."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    address: str | None
-    """Host of the rendezvous, None for a process that is alone."""
-    port: int | None
-    launcher: str
-    """``torchrun``, ``slurm`` or ``single``."""
-
-
-def read_place(environment: Mapping[str, str]) -> Place:
-    """The place that the environment gives this process.
-
-    Raises:
-        LaunchError: a launcher's variable is missing or no number.
-    """
-    if "RANK" in environment or "WORLD_SIZE" in environment:
-        return _place_from(environment, launcher="torchrun", names=("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    # Only srun sets this one: a batch script has SLURM_NTASKS too, and is one process.
-    if environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-        return _place_from(environment, launcher="slurm", names=names)
-    return Place(rank=0, world_size=1, local_rank=0, address=None, port=None, launcher="single")
-
-
-def _place_from(environment: Mapping[str, str], *, launcher: str, names: tuple[str, str, str]) -> Place:
-    def number(name: str) -> int:
-        try:
-            return int(environment[name])
-        except (KeyError, ValueError):
-            raise LaunchError(
-                f"the environment variable {name} is {environment.get(name)!r}, where {launcher} sets a number; "
-                "start the run with torchrun or with one srun task a rank"
-            ) from None
-
-    rank, world_size, local_rank = (number(name) for name in names)
-    if not 0 <= rank < world_size:
-        raise LaunchError(f"{names[0]} is {rank}, outside of {names[1]}={world_size}; check the launch command")
-    if "MASTER_ADDR" not in environment:
-        raise LaunchError(
-            f"MASTER_ADDR is not set for {world_size} processes of {launcher}; export the host name of the first "
-            "node (under Slurm: scontrol show hostnames $SLURM_JOB_NODELIST | head -1) and MASTER_PORT"
-        )
-    return Place(
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        address=environment["MASTER_ADDR"],
-        port=number("MASTER_PORT"),
-        launcher=launcher,
-    )
 
 
 def initialize_processes(
@@ -171,23 +112,17 @@ def _meet(place: Place, *, device: str, timeout: timedelta) -> None:
         torch.cuda.set_device(_gpu_of(place, visible=torch.cuda.device_count()))
     elif place.address in (None, "localhost", "127.0.0.1", "::1"):
         _stay_on_this_machine()
-    arguments = {
-        "backend": "nccl" if device == "cuda" else "gloo",
-        "rank": place.rank,
-        "world_size": place.world_size,
-        "timeout": timeout,
-    }
+    store = dist.HashStore() if place.launcher == "single" else meet(place, timeout=timeout)
     try:
-        if place.launcher == "single":
-            dist.init_process_group(store=dist.HashStore(), **arguments)
-        else:
-            dist.init_process_group(init_method=f"tcp://{place.address}:{place.port}", **arguments)
+        dist.init_process_group(
+            backend="nccl" if device == "cuda" else "gloo",
+            store=dist.PrefixStore("groups", store),
+            rank=place.rank,
+            world_size=place.world_size,
+            timeout=timeout,
+        )
     except (RuntimeError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise LaunchError(
-            f"rank {place.rank} of {place.world_size} could not meet the others at {place.address}:{place.port} "
-            f"({reason}); check MASTER_ADDR, MASTER_PORT and that every node can reach them"
-        ) from error
+        raise could_not_meet(place, error) from error
     log.info("rank %d of %d, started by %s, device %s", place.rank, place.world_size, place.launcher, device)
 
 
@@ -208,6 +143,14 @@ def _stay_on_this_machine() -> None:
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     if loopback:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+
+
+def wait_for_all() -> None:
+    """Return when every rank has come here: the one barrier that a run ends with."""
+    on_gpu = dist.get_backend() == "nccl"
+    dist.barrier(device_ids=[torch.cuda.current_device()] if on_gpu else None)
+    if on_gpu:
+        torch.cuda.synchronize()  # NCCL's barrier returns when it is queued
 
 
 def destroy_processes() -> None:

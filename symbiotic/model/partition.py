@@ -24,6 +24,7 @@ import numpy as np
 
 from symbiotic.errors import CheckpointError, ConfigError
 from symbiotic.files import write_json
+from symbiotic.strict_json import brief, misfit, parse_json
 
 TABLE_VERSION = 1
 MERGES = ("sum", "normalised_sum", "max", "rank")
@@ -47,14 +48,16 @@ class ExpertPartition:
         table = self.assignment
         if table.ndim != 2 or table.shape[0] != len(self.blocks):
             raise ConfigError(
-                f"expert partition: {len(self.blocks)} MoE blocks need a table of as many rows, got shape {table.shape}"
+                f"expert partition: {len(self.blocks)} MoE blocks need a table of as many rows, got shape "
+                f"{table.shape}; write it with tools/partition_experts.py"
             )
         if len(set(self.groups)) != len(self.groups):
             raise ConfigError(f"expert partition: {list(self.groups)} names a group twice; give each its own name")
         outside = table[(table < 0) | (table >= len(self.groups))]
         if outside.size:
             raise ConfigError(
-                f"expert partition: group index {int(outside[0])} is out of range for {len(self.groups)} groups"
+                f"expert partition: group index {int(outside[0])} is out of range for {len(self.groups)} groups; "
+                "correct the table"
             )
 
     @property
@@ -99,12 +102,17 @@ class ExpertPartition:
         try:
             if table["version"] != TABLE_VERSION:
                 raise CheckpointError(
-                    f"{source}: partition table version {table['version']} is unknown, "
-                    f"this release reads {TABLE_VERSION}"
+                    f"{source}: partition table version {brief(table['version'])} is unknown, this release reads "
+                    f"{TABLE_VERSION}; write it again with tools/partition_experts.py"
                 )
+            fault = misfit(table["blocks"], {str: list}, name="blocks") or misfit(table["groups"], list, name="groups")
+            if fault or any(type(name) is not str for name in table["groups"]):
+                raise TypeError(fault or "groups are named by texts")
             rows = sorted((int(block), row) for block, row in table["blocks"].items())
             if any(type(group) is not int for _, row in rows for group in row):
                 raise TypeError("groups are given by whole numbers")
+            if {str(block) for block, _ in rows} != set(table["blocks"]):
+                raise ValueError("blocks are numbered 0, 1, ...")
             partition = cls(
                 groups=tuple(table["groups"]),
                 blocks=tuple(block for block, _ in rows),
@@ -112,17 +120,17 @@ class ExpertPartition:
             )
         except ConfigError as error:
             raise ConfigError(f"{source}: {error}") from None
-        except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(
-                f"{source}: not a partition table ({type(error).__name__}: {error}); "
+                f"{source}: not a partition table ({type(error).__name__}: {brief(str(error))}); "
                 "write it with tools/partition_experts.py"
             ) from error
         if "hash" in table and table["hash"] != partition.hash:
             raise CheckpointError(
-                f"{source}: the table's hash is {partition.hash[:12]} but the file says {str(table['hash'])[:12]}; "
-                'it was edited or damaged: remove the "hash" entry if the edit was meant'
+                f"{source}: the table's hash is {partition.hash[:12]} but the file says "
+                f'{brief(table["hash"])[:14]}: it was edited or damaged; remove the "hash" entry if the edit was meant'
             )
         return partition
 
@@ -134,13 +142,21 @@ class ExpertPartition:
     def load(cls, path: Path | str) -> ExpertPartition:
         """Read a table written by ``save`` or by tools/partition_experts.py."""
         try:
-            table = json.loads(Path(path).read_text(encoding="utf-8"))
+            table = parse_json(Path(path).read_bytes())
         except OSError as error:
-            raise CheckpointError(f"{path}: can't read the partition table ({error.strerror})") from error
+            raise CheckpointError(
+                f"{path}: can't read the partition table ({error.strerror}); name a partition.json"
+            ) from error
         except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path}: line {error.lineno}: not JSON ({error.msg})") from error
+            raise CheckpointError(
+                f"{path}: line {error.lineno}: not JSON ({error.msg}); correct it or write the table again"
+            ) from error
         except UnicodeDecodeError as error:
-            raise CheckpointError(f"{path}: not a partition table: byte {error.start} is no UTF-8") from error
+            raise CheckpointError(
+                f"{path}: not a partition table: byte {error.start} is no UTF-8; write the table again"
+            ) from error
+        except ValueError as error:
+            raise CheckpointError(f"{path}: not a partition table: {error}; write the table again") from error
         return cls.from_dict(table, source=str(path))
 
     def check(self, sizes: Mapping[str, int], blocks: Sequence[int], *, topk: int = 1, source: str) -> None:
@@ -156,14 +172,19 @@ class ExpertPartition:
             ConfigError: naming what differs.
         """
         if self.groups != tuple(sizes):
-            raise ConfigError(f"{source}: its groups {list(self.groups)} are not the configured groups {list(sizes)}")
+            raise ConfigError(
+                f"{source}: its groups {brief(list(self.groups))} are not the configured groups {list(sizes)}; name "
+                "another table"
+            )
         if self.blocks != tuple(blocks):
             raise ConfigError(
-                f"{source}: it covers blocks {list(self.blocks)}, the model's MoE blocks are {list(blocks)}"
+                f"{source}: it covers blocks {brief(list(self.blocks))}, the model's MoE blocks are "
+                f"{brief(list(blocks))}; name another table"
             )
         if self.num_experts != sum(sizes.values()):
             raise ConfigError(
-                f"{source}: it has {self.num_experts} experts a block, groups.*.experts sum to {sum(sizes.values())}"
+                f"{source}: it has {self.num_experts} experts a block, groups.*.experts sum to {sum(sizes.values())}; "
+                "change them or name another table"
             )
         for block in self.blocks:
             for group, size in self.sizes(block).items():

@@ -428,6 +428,14 @@ def update_group_biases(model_chunks: Iterable[nn.Module]) -> None:
             router.group_load.zero_()
 
 
+def forget_group_loads(model_chunks: Iterable[nn.Module]) -> None:
+    """Leave the biases as they are after a step that isn't applied: its loads must not count in the next one."""
+    for chunk in model_chunks:
+        for router in chunk.modules():
+            if isinstance(router, GroupRouter) and router.group_load is not None:
+                router.group_load.zero_()
+
+
 def collect_usage(routers: Sequence[GroupRouter]) -> Tensor:
     """This rank's usage counts since the last reset: int64 [routers, 16 types, E] by *logical* expert id."""
     rows = []

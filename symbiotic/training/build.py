@@ -10,8 +10,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from symbiotic.config import Config, layer_pattern, save_config
 from symbiotic.config.megatron import ddp_config, optimizer_config, transformer_config
+from symbiotic.data.blend import BlendedDataset
 from symbiotic.data.sources import build_training_dataset
 from symbiotic.distributed.agreement import on_rank_zero
+from symbiotic.files import reporting_unwritable
 from symbiotic.model.from_config import plan_from_config
 from symbiotic.model.partition import ExpertPartition
 from symbiotic.model.plan import ModelPlan
@@ -24,9 +26,9 @@ from symbiotic.training.callbacks.diagnostics import Diagnostics
 from symbiotic.training.callbacks.evaluation import Evaluation
 from symbiotic.training.callbacks.jsonl import JsonLines
 from symbiotic.training.callbacks.metrics import StepMetrics
+from symbiotic.training.callbacks.non_finite import NonFiniteSteps
 from symbiotic.training.callbacks.routing import RoutingMetrics
 from symbiotic.training.callbacks.scalars import TensorBoard, WeightsAndBiases
-from symbiotic.training.callbacks.signals import StopOnSignal
 from symbiotic.training.checkpoint.manager import CheckpointManager
 from symbiotic.training.checkpoint.storage import CheckpointStore, find_checkpoint
 from symbiotic.training.chunks import build_chunks, wrap_chunks
@@ -67,6 +69,7 @@ def build_trainer(config: Config) -> Trainer:
         partition=partition,
         config=config.to_dict(),
         identity=run_identity(config, rates=step.rates, vocabulary=vocabulary),
+        accept_changes=config.checkpoint.accept_changes,
     )
     trainer = Trainer(
         config,
@@ -74,7 +77,12 @@ def build_trainer(config: Config) -> Trainer:
         data=training_loader(config, dataset),
         checkpoints=checkpoints,
         callbacks=_build_callbacks(
-            config, transformer=transformer, vocabulary=vocabulary, plan=plan_from_config(config, partition)
+            config,
+            store=store,
+            data=dataset,
+            transformer=transformer,
+            vocabulary=vocabulary,
+            plan=plan_from_config(config, partition),
         ),
     )
     if resumed_step is not None:
@@ -107,9 +115,15 @@ def _build_step(
 
 
 def _build_callbacks(
-    config: Config, *, transformer: TransformerConfig, vocabulary: VocabularyLayout, plan: ModelPlan
+    config: Config,
+    *,
+    store: CheckpointStore,
+    data: BlendedDataset,
+    transformer: TransformerConfig,
+    vocabulary: VocabularyLayout,
+    plan: ModelPlan,
 ) -> list[Callback]:
-    """The callbacks in firing order: what produces events first, checkpoints after them, then who ends the run."""
+    """The callbacks in firing order: what produces events first, checkpoints after them, then what shows them."""
     first_rank = torch.distributed.get_rank() == 0
     writes_to = Path(config.run.folder) if first_rank else None
     callbacks: list[Callback] = [
@@ -123,10 +137,10 @@ def _build_callbacks(
         ),
         *_routing_metrics(config, transformer=transformer, plan=plan),
         Evaluation(held_out_sources(config, vocabulary=vocabulary), interval=config.training.evaluation_interval),
-        Checkpointing(interval=config.checkpoint.interval),
+        Checkpointing(store, interval=config.checkpoint.interval, background=config.checkpoint.async_save),
+        NonFiniteSteps(limit=config.training.max_non_finite_steps, data=data),
         JsonLines(writes_to),
         Console(enabled=first_rank),
-        StopOnSignal(),
     ]
     if config.logging.tensorboard:
         callbacks.append(TensorBoard(writes_to))
@@ -161,6 +175,7 @@ def _routing_metrics(config: Config, *, transformer: TransformerConfig, plan: Mo
 
 def _write_run_folder(config: Config, partition: ExpertPartition) -> None:
     folder = Path(config.run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_config(config, folder / "config.yaml")
-    partition.save(folder / "partition.json")
+    with reporting_unwritable(folder / "config.yaml"):
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+        partition.save(folder / "partition.json")

@@ -50,4 +50,5 @@ def _loader(config: Config, dataset: SampleSource, *, workers: int) -> StepLoade
         num_microbatches=batches.num_microbatches,
         shape=(config.training.micro_batch_size, config.model.sequence_length),
         group=parallel_state.get_tensor_model_parallel_group(),
+        close=batches.close,
     )

@@ -26,6 +26,18 @@ def run_schedule(
     forward_only: bool,
     num_sums: int = NUM_CLASSES,
 ) -> Tensor:
+    """As :func:`run_microbatches`, but the sums over this rank's microbatches: float64 [num_sums]."""
+    return run_microbatches(chunks, batches, loss_function, forward_only=forward_only, num_sums=num_sums).sum(dim=0)
+
+
+def run_microbatches(
+    chunks: Sequence[nn.Module],
+    batches: Sequence[Microbatch],
+    loss_function: LossFunction,
+    *,
+    forward_only: bool,
+    num_sums: int = NUM_CLASSES,
+) -> Tensor:
     """Run the microbatches forward (and backward) through this rank's pipeline stage.
 
     Args:
@@ -36,7 +48,7 @@ def run_schedule(
         num_sums: length of the sums that ``loss_function`` returns.
 
     Returns:
-        The sums over this rank's microbatches: float64 [num_sums], zero on stages before the last.
+        The sums of each microbatch: float64 [microbatches, num_sums], zero on stages before the last.
     """
 
     def forward_step(microbatches: Iterator[Microbatch], chunk: nn.Module) -> tuple[Tensor, Any]:
@@ -55,10 +67,9 @@ def run_schedule(
         micro_batch_size=micro_batch_size,
         forward_only=forward_only,
     )
-    sums = torch.zeros(num_sums, dtype=torch.float64, device=torch.cuda.current_device())
-    for microbatch_sums in outputs:
-        sums += microbatch_sums
-    return sums
+    if not outputs:
+        return torch.zeros(len(batches), num_sums, dtype=torch.float64, device=torch.cuda.current_device())
+    return torch.stack(outputs)
 
 
 def _for_schedule(loss_function: LossFunction, batch: Microbatch, losses: Tensor) -> tuple[Tensor, Tensor]:

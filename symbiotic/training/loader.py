@@ -35,6 +35,7 @@ class StepLoader:
         num_microbatches: microbatches of a rank in a step.
         shape: (micro batch size, sequence length).
         group: the tensor-parallel group.
+        close: ends what ``read`` keeps running in the background.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class StepLoader:
         num_microbatches: int,
         shape: tuple[int, int],
         group: torch.distributed.ProcessGroup,
+        close: Callable[[], None] | None = None,
     ) -> None:
         self._read = read
+        self._close = close
         self.num_microbatches = num_microbatches
         self.shape = shape
         self._group = group
@@ -66,6 +69,11 @@ class StepLoader:
             for mine, batch in zip(received, batches, strict=True):
                 mine.update({name: value for name, value in batch.items() if name not in TENSORS})
         return received
+
+    def close(self) -> None:
+        """End what reads ahead; left to the garbage collector, data workers hold up the end by seconds."""
+        if self._close is not None:
+            self._close()
 
     def _pack(self, batches: list[Microbatch] | None) -> Tensor:
         """All tensors of the step as bytes; an empty buffer of the same size on the other ranks."""

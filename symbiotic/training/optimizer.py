@@ -29,6 +29,7 @@ from megatron.core.optimizer.optimizer_config import ParamPredicate
 from megatron.core.transformer.module import param_is_not_shared
 from torch import nn
 
+from symbiotic.training.guarded_optimizer import GuardedOptimizer
 from symbiotic.training.projection import ProjectingOptimizer
 
 IDENTIFIER_MODULES = (core_optimizer, distrib_optimizer)
@@ -71,7 +72,7 @@ def _counts_here(parameter: nn.Parameter) -> bool:
 
 def build_optimizer(
     config: OptimizerConfig, model_chunks: Sequence[nn.Module], *, roles: Iterable[str], projected: Iterable[str] = ()
-) -> MegatronOptimizer:
+) -> GuardedOptimizer:
     """Megatron's optimizer over wrapped model chunks, its moments allocated.
 
     Args:
@@ -88,15 +89,15 @@ def build_optimizer(
     # A group that is never given a rate must not move: 0.0 is a rate, None would mean "unset".
     config = replace(config, lr=0.0, min_lr=0.0)
     optimizer = get_megatron_optimizer(config, list(model_chunks), overrides, use_gloo_process_groups=False)
-    for part in _parts(optimizer):
+    for part in active_parts(optimizer):
         _allocate_moments(part)
     projected = list(projected)
     if projected:
         return ProjectingOptimizer(optimizer.chained_optimizers, model_chunks, roles=projected)
-    return optimizer
+    return GuardedOptimizer(optimizer.chained_optimizers)
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+def active_parts(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """The optimizers of the chain (dense and expert parameters) that hold parameters on this rank."""
     return [part for part in optimizer.chained_optimizers if not part.is_stub_optimizer]
 
@@ -134,7 +135,7 @@ def frozen_roles(optimizer: MegatronOptimizer, roles: frozenset[str]) -> Iterato
     Inside, their gradients count neither in the norm nor in clipping, and value, moments and weight decay stay as
     they are. Adam's step count must run on (``set_step_count``): megatron-core keeps one for all groups.
     """
-    parts = _parts(optimizer)
+    parts = active_parts(optimizer)
     all_groups = [part.optimizer.param_groups for part in parts]
     for part, groups in zip(parts, all_groups, strict=True):
         part.optimizer.param_groups = [group for group in groups if group["role"] not in roles]
@@ -149,7 +150,7 @@ def step_count(optimizer: MegatronOptimizer) -> int:
     """Adam's step count: the largest one. FusedAdam and the CPU device's AdamW keep it in the group, torch's AdamW
     in the state of each parameter."""
     counts = [0]
-    for part in _parts(optimizer):
+    for part in active_parts(optimizer):
         for group in part.optimizer.param_groups:
             counts.append(int(group.get("step", 0)))
             for parameter in group["params"][:1]:
@@ -159,7 +160,7 @@ def step_count(optimizer: MegatronOptimizer) -> int:
 
 def set_step_count(optimizer: MegatronOptimizer, count: int) -> None:
     """Set Adam's step count of every group, also of those that this rank left out of the step."""
-    parts = _parts(optimizer)
+    parts = active_parts(optimizer)
     in_states = any("step" in state for part in parts for state in part.optimizer.state.values())
     for part in parts:
         for group in part.optimizer.param_groups:

@@ -20,10 +20,12 @@ from itertools import chain
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from torch import Tensor, nn
+
+from symbiotic.training.guarded_optimizer import GuardedOptimizer
 
 OPTIMIZER_ATTRIBUTES = {
     DistributedOptimizer: (
@@ -54,8 +56,8 @@ def updated_tensors(part: MegatronOptimizer) -> Iterator[tuple[nn.Parameter, Ten
         yield from ((parameter, parameter) for parameter in group["params"])
 
 
-class ProjectingOptimizer(ChainedOptimizer):
-    """Megatron's chain of optimizers, with the projection between clipping and update.
+class ProjectingOptimizer(GuardedOptimizer):
+    """The chain of optimizers, with the projection between clipping and update.
 
     Args:
         parts: the optimizers of the chain.
@@ -71,7 +73,7 @@ class ProjectingOptimizer(ChainedOptimizer):
     def __init__(
         self, parts: Sequence[MegatronOptimizer], model_chunks: Sequence[nn.Module], *, roles: Iterable[str]
     ) -> None:
-        super().__init__(list(parts))
+        super().__init__(parts)
         self.enabled = True
         wanted = frozenset(roles)
         parameters = [p for chunk in model_chunks for p in chunk.parameters() if p.role in wanted]
@@ -99,7 +101,7 @@ class ProjectingOptimizer(ChainedOptimizer):
     @torch.no_grad()
     def step_with_ready_grads(self) -> bool:
         """Project the clipped gradients, then update. Called by ``step()``."""
-        if self.enabled:
+        if self.enabled and not self.refused:
             for tensors in self._sets:
                 self.counts += tensors.project()
         return super().step_with_ready_grads()

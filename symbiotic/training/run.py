@@ -6,44 +6,96 @@ Imports megatron-core: on the CPU the entry point has entered the CPU device bef
 from __future__ import annotations
 
 import os
+import time
+from datetime import timedelta
 from pathlib import Path
 
 from symbiotic.config import Config, check_world_size, parallel_layout
 from symbiotic.config.checks import check_config_for_device
 from symbiotic.config.megatron import check_megatron_sections, resolved_device
-from symbiotic.distributed.processes import destroy_processes, initialize_processes, read_place
-from symbiotic.errors import UserError
+from symbiotic.distributed.agreement import on_rank_zero
+from symbiotic.distributed.peers import PeerWatch
+from symbiotic.distributed.place import read_place
+from symbiotic.distributed.processes import destroy_processes, initialize_processes, wait_for_all
 from symbiotic.training.build import build_trainer
-from symbiotic.training.exits import EXIT_FILE, FAILED, Verdict, read_verdict
+from symbiotic.training.callbacks.base import Callback
+from symbiotic.training.callbacks.peers import TellStep
+from symbiotic.training.callbacks.signals import StopOnSignal
+from symbiotic.training.callbacks.time_limit import StopAfterMinutes
+from symbiotic.training.exits import Verdict, clear_verdict
+from symbiotic.training.failures import FailureReport
+from symbiotic.training.run_lock import RunLock
 from symbiotic.training.setup import check_layout_supported
+from symbiotic.training.stop_signals import StopSignals
 
 
-def train(config: Config) -> Verdict:
-    """Train a run in this process and its peers, and leave the verdict in ``RUN/exit.json``.
+def train(config: Config, *, signals: StopSignals | None = None, started: float | None = None) -> Verdict:
+    """Train a run in this process and its peers, and leave the verdict in ``RUN/exit.json``. In the main thread.
 
     Whatever can be refused before the processes meet is refused then.
 
+    Args:
+        config: the resolved configuration.
+        signals: taken over by the entry point before; None takes them over, and gives them back.
+        started: ``time.monotonic()`` when the launch began, None for now.
+
     Raises:
         UserError: a mistake in configuration, data, checkpoint or launch; ``exit.json`` says ``failed``.
+        RankLostError: another rank is gone or has failed.
     """
-    folder = Path(config.run.folder)
-    trainer, rank = None, read_place(os.environ).rank
+    folder, place = Path(config.run.folder), read_place(os.environ)
+    started = time.monotonic() if started is None else started
+    borrowed, signals = signals is None, signals or StopSignals()
+    lock = RunLock(folder)
+    report = FailureReport(folder, lock=lock, rank=place.rank)
     try:
-        if rank == 0:
-            (folder / EXIT_FILE).unlink(missing_ok=True)
+        if place.rank == 0:
+            lock.take()
+        if lock.held:
+            clear_verdict(folder)
         _start(config)
-        trainer = build_trainer(config)
+        if place.world_size > 1:
+            report.watch = PeerWatch(place, timeout=_timeout(config), on_lost=report.lost)
+        lock.agree()
+        trainer = report.trainer = build_trainer(config)
+        trainer.callbacks += _launch_callbacks(config, signals=signals, watch=report.watch, started=started)
         verdict = trainer.fit()
-        if rank == 0:
-            verdict.write(folder)
+        on_rank_zero(lambda: verdict.write(folder))
+        wait_for_all()
+        # A launcher that sees the first process end asks the others to end too, while they are at it.
+        signals.disregard()
         return verdict
     except BaseException as error:
-        _report_failure(error, folder, step=trainer.state.step if trainer else 0, rank=rank)
-        raise
+        explained = report.explain(error)
+        signals.tell(None)
+        if explained is error:
+            raise
+        raise explained from error
     finally:
-        if trainer is not None:
-            trainer.close()
+        if report.watch is not None:
+            report.watch.leave()
+        if report.trainer is not None:
+            report.trainer.close()
         destroy_processes()
+        lock.release()
+        if borrowed:
+            signals.close()
+
+
+def _launch_callbacks(
+    config: Config, *, signals: StopSignals, watch: PeerWatch | None, started: float
+) -> list[Callback]:
+    """What concerns this launch, not the run: who ends it, and what the other ranks are told."""
+    callbacks: list[Callback] = [StopOnSignal(signals)]
+    if config.training.exit_after_minutes is not None:
+        callbacks.append(StopAfterMinutes(config.training.exit_after_minutes, started=started))
+    if watch is not None:
+        callbacks.append(TellStep(watch))
+    return callbacks
+
+
+def _timeout(config: Config) -> timedelta:
+    return timedelta(minutes=config.run.timeout_minutes)
 
 
 def _start(config: Config) -> None:
@@ -62,13 +114,5 @@ def _start(config: Config) -> None:
         expert=layout.expert,
         expert_tensor=layout.expert_tensor,
         context=layout.context,
+        timeout_minutes=config.run.timeout_minutes,
     )
-
-
-def _report_failure(error: BaseException, folder: Path, *, step: int, rank: int) -> None:
-    """Write the ``failed`` verdict. The first rank to fail knows the cause; others only lose their connection."""
-    reason = str(error) if isinstance(error, UserError) else f"rank {rank}: {type(error).__name__}: {error}"
-    folder.mkdir(parents=True, exist_ok=True)
-    known = read_verdict(folder)
-    if known is None or known.verdict != FAILED:
-        Verdict(FAILED, step, " ".join(reason.split())).write(folder)

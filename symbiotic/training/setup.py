@@ -19,30 +19,44 @@ from symbiotic.tokens.vocabulary import VocabularyLayout
 from symbiotic.training.checkpoint.manager import read_partition
 from symbiotic.training.checkpoint.storage import CheckpointStore, find_checkpoint
 from symbiotic.training.roles import RoleRates, matching_roles
+from symbiotic.training.schedule import Schedule
 from symbiotic.training.throughput import ModelShape
 
 log = logging.getLogger(__name__)
 
+MODEL_FIELDS = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "ffn_hidden_size",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_shared_expert_gate",
+    "normalization",
+    "layernorm_epsilon",
+    "moe_router_topk",
+    "moe_router_score_function",
+    "moe_router_pre_softmax",
+    "moe_router_enable_expert_bias",
+    "gated_linear_unit",
+    "qk_layernorm",
+    "add_qkv_bias",
+)
+"""Fields of TransformerConfig with which equal weights compute something else, or that are the model's sizes."""
+
 
 def check_layout_supported(config: Config) -> None:
-    """Refuse layouts that Megatron's schedules or our training step would run wrongly without a word.
+    """Refuse layouts that our training step would run wrongly without a word.
 
     Raises:
         ConfigError: with the setting to change.
     """
-    layout, transformer = parallel_layout(config), transformer_config(config)
+    layout = parallel_layout(config)
     if layout.context > 1:
         raise config.origin.error(
             "TransformerConfig.context_parallel_size",
             f"= {layout.context}, but training doesn't cut samples for context parallelism; set it to 1",
-        )
-    if layout.virtual_pipeline and layout.pipeline == 2 and not transformer.overlap_p2p_comm:
-        # Both neighbours are the same rank then, and one batch of sends and receives mixes up who gets what
-        # (Megatron-LM's arguments.py asks for more than 2 stages in this case).
-        raise config.origin.error(
-            "TransformerConfig.overlap_p2p_comm",
-            "= false would mix up activations and gradients of an interleaved pipeline of 2 stages; set it to true and "
-            "batch_p2p_comm to false",
         )
 
 
@@ -77,12 +91,21 @@ def choose_partition(config: Config, *, resume_from: Path | None) -> ExpertParti
         return configured
     saved = read_partition(resume_from)
     if saved is None or saved.hash != configured.hash:
-        found = "none" if saved is None else f"hash {saved.hash}"
         raise CheckpointError(
-            f"{resume_from / 'partition.json'}: the run's expert partition is {found}, the configuration gives hash "
-            f"{configured.hash}; resume with the partition it was trained with, or start a new run with checkpoint.load"
+            f"{resume_from / 'partition.json'}: {_partition_difference(saved, configured)}; resume with the partition "
+            "it was trained with, or start a new run with checkpoint.load"
         )
     return saved
+
+
+def _partition_difference(saved: ExpertPartition | None, configured: ExpertPartition) -> str:
+    """Where two partitions differ, in words."""
+    if saved is not None and saved.blocks != configured.blocks:
+        return f"the checkpoint has MoE blocks {list(saved.blocks)}, the configuration {list(configured.blocks)}"
+    if saved is not None and saved.groups != configured.groups:
+        return f"the checkpoint has expert groups {list(saved.groups)}, the configuration {list(configured.groups)}"
+    found = "none" if saved is None else f"hash {saved.hash}"
+    return f"the run's expert partition is {found}, the configuration gives hash {configured.hash}"
 
 
 def _starting_partition(config: Config) -> ExpertPartition:
@@ -116,16 +139,47 @@ def run_identity(config: Config, *, rates: RoleRates, vocabulary: VocabularyLayo
     """What must not change between the launches of one run, as plain values.
 
     Weights, partition and corpora are compared on their own: by keys and shapes, by hash, by the dataset.
+    ``checkpoint.identity`` says which of these ``checkpoint.accept_changes`` may name.
     """
     return {
+        "model": _model_identity(config),
         "stages": rates.stages.to_list(),
         "rates": dict(rates.peak),
+        "schedule": _schedule_identity(config),
         "maop": {"roles": matching_roles(rates.peak, config.maop.roles)},
+        "skip_steps": {"steps": [[span.start, span.end] for span in config.training.skip_steps]},
         "data": {
             "vocabulary": vocabulary.digest,
             "sequence_length": config.model.sequence_length,
             "global_batch_size": config.training.global_batch_size,
         },
+    }
+
+
+def _model_identity(config: Config) -> dict[str, Any]:
+    """What the weights mean beyond their shapes."""
+    model, transformer = config.model, transformer_config(config)
+    routers = {name: {"types": sorted(router.types), "group": router.group} for name, router in config.routers.items()}
+    return {
+        "layers": layer_pattern(config).text(),
+        "tie_embeddings": model.tie_embeddings,
+        "rotary_base": model.rotary_base,
+        "rotary_percent": model.rotary_percent,
+        "routers": routers,
+        **{name: getattr(transformer, name) for name in MODEL_FIELDS},
+        "activation_func": transformer.activation_func.__name__,
+    }
+
+
+def _schedule_identity(config: Config) -> dict[str, Any]:
+    """The schedule's settings that count: a constant one has no end, so a longer run trains the same steps first."""
+    schedule = Schedule.from_config(config.schedule, steps=config.training.steps)
+    decays = schedule.decay != "constant"
+    return {
+        "warmup_steps": schedule.warmup_steps,
+        "decay": schedule.decay,
+        "decay_steps": schedule.decay_steps if decays else None,
+        "final_factor": schedule.final_factor if decays else None,
     }
 
 

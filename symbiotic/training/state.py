@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,33 +22,49 @@ class TrainState:
         step: optimizer steps done; also the number of the next one, counted from 0. The position in the data
             follows from it: ``step * global_batch_size`` samples have been read.
         labels: trained labels (summed loss weights) of each LossClass, by its value.
-        skipped: steps whose update was not applied.
+        skipped: steps without an update: those that were not applied, and those of ``training.skip_steps``.
+        non_finite_in_a_row: how many of the last trained steps in a row had a loss or gradient norm that isn't finite.
     """
 
     step: int = 0
     labels: list[float] = field(default_factory=lambda: [0.0] * len(LossClass))
     skipped: int = 0
+    non_finite_in_a_row: int = 0
 
-    def count(self, *, applied: bool, labels: torch.Tensor) -> None:
+    def count(self, *, applied: bool, labels: torch.Tensor, finite: bool = True) -> None:
         """Count a step.
 
         Args:
             applied: whether the parameters were updated.
             labels: float64 [3] loss weights by class over the global batch.
+            finite: whether its loss and gradient norm are finite.
         """
         self.step += 1
-        self.skipped += not applied
+        self.non_finite_in_a_row = 0 if finite else self.non_finite_in_a_row + 1
+        if not applied:
+            self.skipped += 1
+            return
         self.labels = [before + now for before, now in zip(self.labels, labels.tolist(), strict=True)]
+
+    def pass_over(self, *, until: int) -> None:
+        """Go on with step ``until``; nothing is trained in the steps before it."""
+        self.skipped += until - self.step
+        self.step = until
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {"step": self.step, "labels": list(self.labels), "skipped": self.skipped}
+        return asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainState:
         """Read what ``to_dict`` wrote."""
-        labels = [float(weight) for weight in values["labels"]]
-        return cls(step=int(values["step"]), labels=labels, skipped=int(values["skipped"]))
+        return cls(
+            step=int(values["step"]),
+            labels=[float(weight) for weight in values["labels"]],
+            skipped=int(values["skipped"]),
+            # Checkpoints from before such steps were left out have none.
+            non_finite_in_a_row=int(values.get("non_finite_in_a_row", 0)),
+        )
 
 
 def seed_everything(seed: int, *, pipeline_rank: int) -> None:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from symbiotic.config import Config
+from symbiotic.distributed.agreement import gather
 from symbiotic.model.shield import set_shield_factors
 from symbiotic.training.callbacks.base import Callback, Event
-from symbiotic.training.exits import FINISHED, STOPPED_RESUMABLE, Verdict
+from symbiotic.training.exits import Verdict
 from symbiotic.training.loader import StepLoader
 from symbiotic.training.stages import Stage
 from symbiotic.training.state import TrainState
@@ -66,22 +67,30 @@ class Trainer:
         self._step = step
         self._checkpoints = checkpoints
         self._shield: tuple[float, ...] | None = None
-        self._origin: Event | None = None
+        self._origin: list[Event] = []
         self._stop_reason: str | None = None
 
     def fit(self) -> Verdict:
-        """Train to the last step, to ``training.exit_after_steps`` or to a stop request; the end is saved."""
+        """Train to the last step, to ``training.exit_after_steps`` or to a stop request; the end is saved.
+
+        Whether to stop is agreed on after the coming batches were read: the answer has to be waited for, and the GPU
+        ends the step before meanwhile instead of standing still.
+        """
         exit_step = self._exit_step()
         self._call("on_start")
-        if self._origin is not None:
-            self.log(self._origin)
+        for event in self._origin:
+            self.log(event)
         stage = None
-        while self.state.step < exit_step and not self._stop_agreed():
-            stage = self._enter_stage(self.stages.at(self.state.step), left=stage)
+        while self.state.step < exit_step:
+            if self._pass_over_skipped(exit_step):
+                continue
             self.batches = self._read_batches(self.state.step)
+            if self._stop_agreed():
+                break
+            stage = self._enter_stage(self.stages.at(self.state.step), left=stage)
             self._call("before_step")
             result = self._step(self.batches, step=self.state.step)
-            self.state.count(applied=result.applied, labels=result.totals)
+            self.state.count(applied=result.applied, labels=result.totals, finite=not result.not_finite)
             self._call("after_step", result)
         verdict = self._verdict(exit_step)
         self._call("on_end", verdict)
@@ -92,13 +101,13 @@ class Trainer:
         self._call("on_event", event)
 
     def request_stop(self, reason: str) -> None:
-        """Stop at the next step boundary, saved and resumable. One rank's request, or a signal handler's, is enough."""
-        self._stop_reason = reason
+        """Stop at the next step boundary, saved and resumable. One rank's request is enough, from any thread."""
+        self._stop_reason = self._stop_reason or reason
 
-    def save_checkpoint(self) -> Path:
-        """Save the run as it is now. Collective."""
+    def save_checkpoint(self, *, background: bool = False) -> None:
+        """Begin to save the run as it is now. Collective; see ``CheckpointManager.begin``."""
         states = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
-        return self._checkpoints.save(self.state, callbacks=states)
+        self._checkpoints.begin(self.state, callbacks=states, background=background)
 
     def resume(self, step: int) -> None:
         """Go on from this run's checkpoint after ``step``. Collective.
@@ -106,11 +115,13 @@ class Trainer:
         Raises:
             CheckpointError: it is damaged, or of another run.
         """
-        self.state, states = self._checkpoints.resume(step)
+        resumed = self._checkpoints.resume(step)
+        self.state = resumed.state
         self.resumed_step = step
-        self._origin = {"event": "resume", "step": step, "path": str(self._checkpoints.store.path(step))}
+        path = str(self._checkpoints.store.path(step))
+        self._origin = [*resumed.events, {"event": "resume", "step": step, "path": path}]
         for callback in self.callbacks:
-            callback.load_state_dict(states.get(type(callback).__name__, {}))
+            callback.load_state_dict(resumed.callbacks.get(type(callback).__name__, {}))
 
     def load_weights(self, folder: Path) -> None:
         """Start at step 0 from the weights of a checkpoint of another run. Collective.
@@ -119,12 +130,13 @@ class Trainer:
             CheckpointError: it is damaged, or of another model.
         """
         self._checkpoints.load_weights(folder)
-        self._origin = {"event": "load", "step": 0, "path": str(folder)}
+        self._origin = [{"event": "load", "step": 0, "path": str(folder)}]
 
     def close(self) -> None:
-        """Let the callbacks release files and signals."""
+        """Let the callbacks release files and signals, and the data end its workers."""
         for callback in reversed(self.callbacks):
             callback.close()
+        self.data.close()
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:
@@ -133,6 +145,16 @@ class Trainer:
     def _exit_step(self) -> int:
         limit = self.config.training.exit_after_steps
         return self.last_step if limit is None else min(self.last_step, self.state.step + limit)
+
+    def _pass_over_skipped(self, exit_step: int) -> bool:
+        """Go on behind the steps of ``training.skip_steps`` that come next: they count, and nothing is trained."""
+        first = self.state.step + 1
+        for span in self.config.training.skip_steps:
+            if span.start <= first <= span.end:
+                self.state.pass_over(until=min(span.end, exit_step))
+                self.log({"event": "skipped_steps", "step": self.state.step, "from": first, "to": self.state.step})
+                return True
+        return False
 
     def _enter_stage(self, stage: Stage, *, left: Stage | None) -> Stage:
         """Set what the model holds, the shield; rates, loss weights and mixture are looked up by step."""
@@ -163,7 +185,7 @@ class Trainer:
         return batches
 
     def _stop_agreed(self) -> bool:
-        """Whether any rank was asked to stop: the same answer on all ranks."""
+        """Whether any rank was asked to stop: the same answer on all ranks, for one small all-reduce a step."""
         asked = torch.tensor([int(self._stop_reason is not None)], device=torch.cuda.current_device())
         torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
         return bool(asked.item())
@@ -171,8 +193,8 @@ class Trainer:
     def _verdict(self, exit_step: int) -> Verdict:
         step = self.state.step
         if step >= self.last_step:
-            return Verdict(FINISHED, step, f"all {self.last_step} steps are done")
+            return Verdict.finished(step, f"all {self.last_step} steps are done")
         if step >= exit_step:
-            limit = self.config.training.exit_after_steps
-            return Verdict(STOPPED_RESUMABLE, step, f"training.exit_after_steps={limit}")
-        return Verdict(STOPPED_RESUMABLE, step, self._stop_reason or "another rank was asked to stop")
+            return Verdict.stopped(step, f"training.exit_after_steps={self.config.training.exit_after_steps}")
+        reasons = gather(lambda: self._stop_reason)
+        return Verdict.stopped(step, next(reason for reason in reasons if reason))

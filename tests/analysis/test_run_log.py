@@ -44,6 +44,17 @@ def test_after_a_resume_the_later_entry_of_a_step_counts():
     assert collect(events, name="x").loss["text"] == [(1, 5.0), (2, 3.5)]
 
 
+def test_steps_that_a_resumed_run_passed_over_leave_the_curves():
+    """What an earlier launch trained in them is not part of the run any more."""
+    stage = {"event": "stage", "step": 1, "stage": "a", "first_step": 2}
+    evaluation = {"event": "evaluation", "step": 2, "loss": {"x": {"text": 9.0}}}
+    events = [stage, step(1, "a", 5.0), step(2, "a", 90.0), evaluation, step(3, "a", 80.0), step(4, "a", 70.0)]
+    events += [{"event": "resume", "step": 1}, {"event": "skipped_steps", "step": 3, "from": 2, "to": 3}]
+    log = collect([*events, step(4, "a", 4.0)], name="x")
+    assert log.loss["text"] == [(1, 5.0), (4, 4.0)] and not log.held_out
+    assert log.stages == [(2, "a")]
+
+
 def test_measurements_are_kept_whole_by_step():
     """The later entry of a step counts, steps ascend whatever the order in the file."""
     first, second = ({"event": "routing", "step": 4, "blocks": [0], "types": {"text": value}} for value in (1, 2))

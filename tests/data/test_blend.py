@@ -145,6 +145,27 @@ def test_accepted_changes_go_on_after_the_windows_read(shards):
     assert changed.state(1300)["windows_read"] == changed.counts(1300)
     with pytest.raises(DataError, match="sample 1199 lies before sample 1200"):
         changed.counts(1199)
+    with pytest.raises(DataError, match="sample 1199 lies before sample 1200"):
+        changed.sample(1199)
+
+
+def test_a_resume_after_an_accepted_change_continues_exactly(shards):
+    """The changed order starts in the middle of a block of samples, and is no change any more to itself."""
+    mixtures = [Mixture(0, {"a": 1.0, "c": 1.0})]
+    changed = make_blend(shards, mixtures=mixtures)
+    changed.load_state(make_blend(shards).state(1200), accept_changes=True)
+    again = make_blend(shards, mixtures=mixtures)
+    assert again.load_state(changed.state(1300)) == []
+    for index in (1300, 1301, 2100):
+        first, second = changed.sample(index), again.sample(index)
+        assert (first["source_id"], first["window_id"]) == (second["source_id"], second["window_id"])
+    sources, windows = changed.draws(1200, 1400)
+    assert [(int(s["source_id"]), int(s["window_id"])) for s in map(changed.sample, range(1200, 1400))] == list(
+        zip(sources.tolist(), windows.tolist(), strict=True)
+    )
+    # Under the first mixture it is one.
+    with pytest.raises(DataError, match="source 'a' had read"):
+        make_blend(shards).load_state(changed.state(1300))
 
 
 @pytest.mark.parametrize("weights", [{"a": 1.0, "x": 1.0}, {"a": 0.0}, {"a": -1.0, "b": 2.0}, {"a": float("inf")}, {}])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 from symbiotic.data.codecs import PatchCodebook, load_codec, png_bytes, read_image, to_patches
@@ -170,6 +170,21 @@ def test_other_image_modes_are_converted():
     Image.new("RGBA", (4, 2), (255, 0, 0, 128)).save(buffer, format="PNG")
     np.testing.assert_array_equal(read_image(buffer.getvalue(), channels=3)[0, 0], [255, 0, 0])
     assert read_image(buffer.getvalue(), channels=1).shape == (2, 4, 1)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_brought_upright(orientation):
+    """As Pillow's own function does, which also rewrites the EXIF data that it read."""
+    picture = Image.fromarray(random_images(1, size=(6, 10), channels=3)[0])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", exif=exif)
+    with Image.open(buffer) as stored:
+        expected = np.asarray(ImageOps.exif_transpose(stored))
+    pixels = read_image(buffer.getvalue(), channels=3)
+    np.testing.assert_array_equal(pixels, expected)
+    assert (pixels.shape[:2] == (6, 10)) == (orientation < 5)
 
 
 @given(data=st.data())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from symbiotic.data.index_file import read_index, token_dtype
-from symbiotic.data.shards import DocumentRecord, Shard, ShardWriter, shard_path, verify_shard
+from symbiotic.data.shards import DocumentRecord, Shard, ShardWriter, manifest_text, shard_path, verify_shard
 from symbiotic.errors import DataError
 from symbiotic.tokens.types import NO_LOSS_BIT, TokenType, mode_byte
 from symbiotic.tokens.vocabulary import VocabularyLayout
@@ -157,14 +157,33 @@ def test_opening_refuses_another_vocabulary(shard):
     other = VocabularyLayout.build(
         text_size=50, codebook_size=31, resolutions=[(2, 3)], tokenizer_digest="test", multiple=64
     )
-    with pytest.raises(DataError, match=f"written with vocabulary {VOCABULARY.digest[:12]}, this run uses"):
+    with pytest.raises(DataError, match=f"written with vocabulary '{VOCABULARY.digest[:12]}', this run uses"):
         Shard.open(shard.prefix, vocabulary=other)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tree: tree["files"].pop("index"), r"files\.index is missing"),
+        (lambda tree: tree["files"]["index"].update(size="3"), r"files\.index\.size is '3' and not a whole number"),
+        (lambda tree: tree.update(vocabulary=3), "vocabulary is 3 and not a text"),
+        (lambda tree: tree.update(surprise=1), "surprise is no key of it"),
+        (lambda tree: tree.update(documents=7), r"documents is 7, the index has \d+; write the shard again"),
+        (lambda tree: tree.update(dtype="int32"), "dtype is 'int32', the index has uint16; write the shard again"),
+    ],
+)
+def test_opening_refuses_a_manifest_of_another_form_whose_digest_agrees(shard, change, message):
+    tree = {key: value for key, value in shard.manifest.items() if key != "digest"}
+    change(tree)
+    shard_path(shard.prefix, ".manifest.json").write_text(manifest_text(tree))
+    with pytest.raises(DataError, match=rf"manifest\.json: .*{message}"):
+        Shard.open(shard.prefix)
 
 
 def test_opening_refuses_a_renamed_shard(shard):
     for suffix in SUFFIXES:
         shard_path(shard.prefix, suffix).rename(shard.prefix.with_name("renamed" + suffix))
-    with pytest.raises(DataError, match=r"the manifest belongs to corpus\.v1\.bin"):
+    with pytest.raises(DataError, match=r"the manifest belongs to 'corpus\.v1\.bin'"):
         Shard.open(shard.prefix.with_name("renamed"))
 
 

@@ -40,6 +40,7 @@ def test_a_place_is_read_from_every_launcher():
         ({**TORCHRUN, "RANK": "x"}, "variable RANK is 'x'"),
         ({**TORCHRUN, "RANK": "4"}, "RANK is 4, outside of WORLD_SIZE=4"),
         ({**TORCHRUN, "MASTER_PORT": ""}, "variable MASTER_PORT is ''"),
+        ({**TORCHRUN, "MASTER_PORT": "65536"}, "MASTER_PORT is 65536, which is no port"),
         ({key: SRUN[key] for key in SRUN if key != "MASTER_ADDR"}, "MASTER_ADDR is not set for 4 processes of slurm"),
     ],
 )

@@ -10,14 +10,14 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
 from symbiotic.config.pattern import LayerPattern
+from symbiotic.model.router import update_group_biases
 from symbiotic.model.shield import set_shield_factors
 from symbiotic.training.chunks import wrap_chunks
-from symbiotic.training.step import finalize_gradients
 from tests.model.shards import Shard
 from tests.model.tiny import tiny_batch, tiny_config, tiny_model, tiny_plan
 
@@ -180,7 +180,8 @@ def forward_backward(
         micro_batch_size=len(batches[0]["tokens"]),
         forward_only=False,
     )
-    finalize_gradients(wrapped)
+    finalize_model_grads(wrapped)
+    update_group_biases(wrapped)
     return losses
 
 

@@ -9,6 +9,7 @@ from tests.mutations.exchange import EXCHANGE
 from tests.mutations.measures import MEASURES
 from tests.mutations.mechanisms import MECHANISMS
 from tests.mutations.mutation import Mutation
+from tests.mutations.reliability import RELIABILITY
 from tests.mutations.staging import STAGING
 
 MODEL = [
@@ -208,16 +209,16 @@ TRAINING = [
     Mutation(
         name="tracker-written-in-place",
         file="symbiotic/training/checkpoint/storage.py",
-        old="write_text(self.folder / TRACKER_FILE, self.path(step).name",
-        new="Path.write_text(self.folder / TRACKER_FILE, self.path(step).name",
+        old="write_text(self.folder / TRACKER_FILE, self.path(newest).name",
+        new="Path.write_text(self.folder / TRACKER_FILE, self.path(newest).name",
         test="tests/training/test_storage.py::test_the_marker_and_the_tracker_come_last",
         why="a kill could leave an empty tracker",
     ),
     Mutation(
         name="retention-deletes-the-newest",
         file="symbiotic/training/checkpoint/storage.py",
-        old="if step <= newest][: -self.keep]",
-        new="if step <= newest][self.keep :]",
+        old="damaged.union(complete[: -self.keep])",
+        new="damaged.union(complete[self.keep :])",
         test="tests/training/test_storage.py::test_retention",
         why="the oldest checkpoints stayed instead of the newest",
     ),
@@ -250,4 +251,6 @@ EDGES = [
     ),
 ]
 
-MUTATIONS = [*MODEL, *MECHANISMS, *MEASURES, *STAGING, *EXCHANGE, *CORPORA, *DATA, *TRAINING, *EDGES]
+MUTATIONS = [
+    *MODEL, *MECHANISMS, *MEASURES, *STAGING, *EXCHANGE, *CORPORA, *DATA, *TRAINING, *RELIABILITY, *EDGES,
+]  # fmt: skip

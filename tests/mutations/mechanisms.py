@@ -46,8 +46,8 @@ MECHANISMS = [
     Mutation(
         name="bias-never-updated",
         file="symbiotic/training/step.py",
-        old="    update_group_biases(model)",
-        new="    len(model)",
+        old="update_group_biases(self.chunks)",
+        new="len(self.chunks)",
         test="tests/training/test_mechanisms.py::test_biases_move_with_the_loads",
         why="the routers' biases stayed zero",
     ),

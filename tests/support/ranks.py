@@ -147,14 +147,20 @@ def _worker(rank: int) -> _Worker:
         _pool.pop(rank).replace()
     if rank not in _pool:
         # The server process imports torch and megatron-core once and forks every worker from there.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([_PRELOAD])
+        context = fork_server()
         ours, theirs = context.Pipe()
         process = context.Process(target=_serve, args=(theirs,), name=f"rank-{rank}")
         process.start()
         theirs.close()
         _pool[rank] = _Worker(process, ours)
     return _pool[rank]
+
+
+def fork_server() -> Any:
+    """The multiprocessing context whose server has torch and megatron-core imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([_PRELOAD])
+    return context
 
 
 def _collect(workers: list[_Worker], *, deadline: float) -> dict[int, _Answer]:
@@ -199,7 +205,7 @@ def _serve(connection: Connection) -> None:
     """A worker: take jobs until the other side closes."""
     from symbiotic.distributed.cpu_device import enter_cpu_device
 
-    _end_with_the_parent()
+    end_with_the_parent()
     enter_cpu_device()
     gc.freeze()  # what was imported stays; each call's collection below then looks at that call's objects only
     while True:
@@ -215,7 +221,7 @@ def _serve(connection: Connection) -> None:
         connection.send_bytes(data)
 
 
-def _end_with_the_parent() -> None:
+def end_with_the_parent() -> None:
     """Have the kernel kill this worker when pytest is gone: waiting for a peer, it would burn a core till its timeout.
 
     The parent is the fork server, which ends with pytest.

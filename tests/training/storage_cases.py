@@ -1,10 +1,12 @@
 """Functions that test_storage.py and test_weights.py run on several ranks."""
 
 import contextlib
+import errno
 import logging
 import os
 import resource
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,13 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from symbiotic.errors import CheckpointError
+from symbiotic.training.checkpoint import manifest, sharded
+from symbiotic.training.checkpoint.sharded import ShardedSave
 from symbiotic.training.checkpoint.storage import CheckpointStore, load_checkpoint
 
 COMMON = {"step": 3, "stage": "warm-up", "counts": torch.arange(4), "position": [1, 2.5, None, True]}
+
+PARTITION = {"version": 1, "groups": ["a"], "blocks": {"0": [0, 0]}}
 
 
 def numbers(*, offset: float = 0.0) -> torch.Tensor:
@@ -42,12 +48,19 @@ def state(*, offset: float = 0.0, empty: bool = False, extra: str | None = None)
     return {"model": tensors, "random": ShardedObject("random", {"rank": rank}, (size,), (rank,))}
 
 
-def save(*, folder: Path, steps: list[int], offset: float = 0.0, **options: Any) -> None:
+def save(
+    *,
+    folder: Path,
+    steps: list[int],
+    offset: float = 0.0,
+    background: bool = False,
+    **options: Any,
+) -> None:
     """Save once for each step; the values tell the step (plus ``offset``)."""
     store = CheckpointStore(folder, **options)
-    plain = {"partition": {"groups": ["a"]}, "config": {"run": {"seed": 1}}}
+    plain = {"partition": PARTITION, "config": {"run": {"seed": 1}}}
     for step in steps:
-        store.save(step, state(offset=step + offset), common=COMMON, **plain)
+        store.save(step, state(offset=step + offset), common=COMMON, background=background, **plain)
 
 
 def load(*, folder: Path, step: int, with_objects: bool = True, verify: str = "full") -> dict[str, Any]:
@@ -99,17 +112,32 @@ def newest(*, folder: Path, verify: str = "full") -> tuple[int | str | None, lis
         logger.removeHandler(handler)
 
 
-def save_on_a_full_disk(*, folder: Path, full_on: int) -> tuple[str, list[str]]:
-    """One rank can't write more than a few bytes; the refusal on this rank and what the folder holds afterwards."""
+def save_on_a_full_disk(
+    *, folder: Path, full_on: int, background: bool = False, at_once: bool = False
+) -> tuple[str, list[str]]:
+    """One rank can't write more than a few bytes; the refusal on this rank and what the folder holds afterwards.
+
+    With ``at_once`` not even the first ones, which are those of the objects.
+    """
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == full_on:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, unlimited[1]))
     try:
-        message = _refusal(lambda: save(folder=folder, steps=[2]))
+        with _no_byte_written() if at_once and dist.get_rank() == full_on else contextlib.nullcontext():
+            message = _refusal(lambda: save(folder=folder, steps=[2], background=background))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     dist.barrier()
     return message, sorted(path.name for path in folder.iterdir())
+
+
+def _no_byte_written() -> Any:
+    failure = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+
+    def write(self: sharded._DigestingFile, data: Any) -> int:
+        raise failure
+
+    return mock.patch.object(sharded._DigestingFile, "write", write)
 
 
 def save_what_cannot_be_read(*, folder: Path) -> str:
@@ -200,3 +228,120 @@ def changes_of_a_save(*, folder: Path) -> list[str]:
     with killed_at(-1) as changes:
         save(folder=folder, steps=[1])
     return changes
+
+
+@contextlib.contextmanager
+def held_writes() -> Iterator[None]:
+    """Saves in the background write nothing until somebody waits for them."""
+    waited_for = threading.Event()
+    write, begin, advance = ShardedSave.write, CheckpointStore.begin, CheckpointStore.advance
+
+    def held_write(self: ShardedSave) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert waited_for.wait(timeout=60)
+        write(self)
+
+    def begin_held(self: CheckpointStore, *args: Any, **kwargs: Any) -> None:
+        waited_for.clear()
+        begin(self, *args, **kwargs)
+
+    def advance_held(self: CheckpointStore, *, wait: bool = False) -> Path | None:
+        if wait:
+            waited_for.set()
+        return advance(self, wait=wait)
+
+    with (
+        mock.patch.object(ShardedSave, "write", held_write),
+        mock.patch.object(CheckpointStore, "begin", begin_held),
+        mock.patch.object(CheckpointStore, "advance", advance_held),
+    ):
+        yield
+
+
+def save_while_values_change(*, folder: Path, step: int) -> list[Path | None]:
+    """As ``save``, but in the background, with every tensor and object overwritten before a byte is written."""
+    store, saved, common = CheckpointStore(folder), state(offset=step), {**COMMON, "counts": torch.arange(4)}
+    plain = {"partition": PARTITION, "config": {"run": {"seed": 1}}}
+    with held_writes():
+        store.begin(step, saved, common=common, background=True, **plain)
+        for shard in saved["model"].values():
+            shard.data.fill_(-1.0)
+        saved["random"].data["rank"] = -1
+        common["counts"].fill_(-1)
+        return [store.advance(), store.advance(), store.advance(wait=True), store.advance()]
+
+
+def save_abandoned(*, folder: Path) -> tuple[list[str], bool]:
+    """Give up a save in the background as a failing run does; what the folder holds, and whether its thread ended."""
+    store, before = CheckpointStore(folder), threading.active_count()
+    started = threading.Event()
+    write = ShardedSave.write
+
+    def write_when_cancelled(self: ShardedSave) -> None:
+        started.set()
+        assert self._source.cancelled.wait(timeout=60)
+        write(self)
+
+    with mock.patch.object(ShardedSave, "write", write_when_cancelled):
+        store.begin(2, state(), common={}, background=True)
+        assert started.wait(timeout=60)
+        store.abandon()
+    return sorted(path.name for path in folder.iterdir()), threading.active_count() == before
+
+
+def save_damaged(
+    *, folder: Path, when: str, background: bool = False, verify: str = "full"
+) -> tuple[str, list[str], str]:
+    """The disk changes a byte ``before`` the folder of step 2 is published or ``after``.
+
+    Returns:
+        The refusal, what the folder holds afterwards, and the tracker.
+    """
+
+    def damage(folder: Path) -> None:
+        path = folder / "__0_0.distcp"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+
+    publish = manifest.publish
+
+    def publish_damaged(temporary: Path, final: Path) -> None:
+        if when == "before":
+            damage(temporary)
+        publish(temporary, final)
+        if when == "after":
+            damage(final)
+
+    options = {"folder": folder, "steps": [2], "keep": 1, "background": background, "verify": verify}
+    with mock.patch.object(manifest, "publish", publish_damaged):
+        message = _refusal(lambda: save(**options))
+    dist.barrier()
+    return message, sorted(path.name for path in folder.iterdir()), (folder / "latest").read_text()
+
+
+def resume_and_save(*, folder: Path, steps: list[int], **options: Any) -> tuple[int | None, list[dict[str, Any]]]:
+    """A launch: find the newest checkpoint, then save ``steps``; the step found, and the events of its fallbacks."""
+    store = CheckpointStore(folder, **options)
+    found = store.newest_complete()
+    events = [fallback.event(to=found) for fallback in store.fallbacks]
+    for step in steps:
+        store.save(step, state(offset=step), common=COMMON)
+    return found, events
+
+
+def files_dropped_from_the_cache(*, folder: Path, verify: str) -> tuple[list[str], list[str]]:
+    """Names of the files that a save, and then a load, ask the kernel to forget."""
+    names: list[str] = []
+    advise = os.posix_fadvise
+
+    def record(descriptor: int, *arguments: int) -> None:
+        assert arguments == (0, 0, os.POSIX_FADV_DONTNEED)
+        names.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        advise(descriptor, *arguments)
+
+    with mock.patch.object(os, "posix_fadvise", record):
+        save(folder=folder, steps=[1], verify=verify)
+        by_save = names.copy()
+        load(folder=folder, step=1, verify=verify)
+    return by_save, names[len(by_save) :]

@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +11,6 @@ from symbiotic.errors import ConfigError
 from symbiotic.training.callbacks.console import Console, describe
 from symbiotic.training.callbacks.jsonl import JsonLines
 from symbiotic.training.callbacks.scalars import TensorBoard, WeightsAndBiases, scalars_of
-from symbiotic.training.callbacks.signals import StopOnSignal
 from symbiotic.training.stages import Stage, StageTable
 from tests.support.ranks import run_ranks
 from tests.training.tiny import tiny_file
@@ -126,6 +124,15 @@ def test_a_step_on_one_line():
         (EVALUATION, "held out: prose: text 2.0000; digits: generation 3.0000"),
         ({"event": "stage", "step": 20, "stage": "release", "first_step": 20}, "step 20 stage 'release' begins"),
         ({"event": "checkpoint", "step": 5, "path": "run/step-5", "seconds": 0.5}, "saved to run/step-5"),
+        (
+            {"event": "checkpoint", "step": 5, "path": "run/step-5", "seconds": 9.5, "blocked_seconds": 0.5},
+            "step 5 saved to run/step-5 (9.5 s, 0.5 s of them waited for)",
+        ),
+        ({"event": "fallback", "step": 4, "problem": "x is missing"}, "step 4 goes on from here, since x is missing"),
+        (
+            {"event": "accepted_change", "step": 4, "what": "rates", "difference": "rates.norm = 1, this run has 2"},
+            "step 4 goes on with a change of rates: rates.norm = 1, this run has 2",
+        ),
         ({"event": "resume", "step": 5, "path": "run/step-5"}, "step 5 resume (path: run/step-5)"),
         (ROUTING, "step 40 routing: capacity rate text 0.875 all 0.875 | dead experts 1"),
         (ROUTING | {"types": {}}, "step 40 routing: capacity rate no tokens | dead experts 0"),
@@ -284,18 +291,3 @@ def test_wandb_is_asked_for_by_name(monkeypatch):
     WeightsAndBiases("project", enabled=False)
     with pytest.raises(ConfigError, match=r"logging\.wandb='project' needs the package wandb"):
         WeightsAndBiases("project", enabled=True)
-
-
-def test_a_signal_asks_once_and_is_given_back():
-    asked, received = [], []
-    before = signal.signal(signal.SIGUSR1, lambda number, frame: received.append(number))
-    try:
-        callback = StopOnSignal()
-        callback.on_start(SimpleNamespace(request_stop=asked.append))
-        signal.raise_signal(signal.SIGUSR1)
-        assert asked == ["received SIGUSR1"] and not received
-        signal.raise_signal(signal.SIGUSR1)
-        assert len(asked) == 1 and received == [signal.SIGUSR1], "the second signal has its effect from before"
-        callback.close()
-    finally:
-        signal.signal(signal.SIGUSR1, before)

@@ -241,7 +241,7 @@ def test_a_run_is_bit_for_bit_the_same_with_diagnostics(corpus, tmp_path, world_
 
 def _told(log: list[dict]) -> list[dict]:
     """What both logs must tell alike."""
-    clocks = ("seconds", "data_seconds", "tokens_per_second", "tflops", "mfu", "path")
+    clocks = ("seconds", "blocked_seconds", "data_seconds", "tokens_per_second", "tflops", "mfu", "path")
     return [
         {key: value for key, value in event.items() if key not in clocks}
         for event in log

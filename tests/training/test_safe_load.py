@@ -99,6 +99,26 @@ def test_a_hostile_object_is_refused(checkpoint, tmp_path):
     assert not (tmp_path / "trace").exists()
 
 
+def test_a_tensor_of_another_dtype_is_refused(checkpoint):
+    """Half the bytes an index promises would be read as other numbers, or cast without a word."""
+    _change(
+        checkpoint, lambda metadata, _: setattr(metadata.state_dict_metadata["rows"].properties, "dtype", torch.int8)
+    )
+    _seal(checkpoint)
+    with pytest.raises(CheckpointError, match=r"stored part of 'rows' is not the torch\.int8 tensor of shape \(8, 3\)"):
+        open_weights(checkpoint).read("rows")
+
+
+def test_a_refusal_doesnt_advise_to_trust_the_file(tmp_path):
+    data = io.BytesIO()
+    torch.save(Hostile(tmp_path / "trace"), data)
+    data.seek(0)
+    with pytest.raises(CheckpointError) as refusal:
+        load_object(data, file="file x", key="rows")
+    assert str(refusal.value).isprintable() and "weights_only" not in str(refusal.value)
+    assert "it asks for getattr, which no checkpoint needs" in str(refusal.value)
+
+
 def test_a_tensor_that_runs_code_is_refused(checkpoint, tmp_path):
     data = io.BytesIO()
     torch.save(Hostile(tmp_path / "trace"), data)
@@ -119,6 +139,11 @@ def _move(metadata: Metadata, index: MetadataIndex, **fields: Any) -> None:
     metadata.storage_data[index] = _StorageInfo(**{**vars(place), **fields})
 
 
+def _entry(metadata: Metadata, **fields: Any) -> None:
+    for name, value in fields.items():
+        setattr(metadata.state_dict_metadata["rows"], name, value)
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -130,6 +155,16 @@ def _move(metadata: Metadata, index: MetadataIndex, **fields: Any) -> None:
         (lambda m, i: _move(m, i, offset="0"), "can't be read"),
         (lambda m, i: m.storage_data.pop(i), "lists no bytes for 'rows'"),
         (lambda m, i: setattr(m, "storage_data", None), "can't be read"),
+        (lambda m, i: _move(m, i, length=10), "lists 10 bytes for 'rows' at .* too few for"),
+        (lambda m, i: _move(m, MetadataIndex(COMMON_STATE_KEY), offset=1), "points twice to byte 1 of __0_0.distcp"),
+        (
+            lambda m, i: _entry(m, size=torch.Size((2**40, 2**40))),
+            "parts of 'rows' fill 24 of 1208925819614629174706176",
+        ),
+        (lambda m, i: _entry(m, size=torch.Size((8, 4))), "parts of 'rows' fill 24 of 32 values"),
+        (lambda m, i: _entry(m, size=torch.Size((7, 3))), "parts of 'rows' fill 24 of 21 values"),
+        (lambda m, i: _entry(m, size="8"), "can't be read"),
+        (lambda m, i: _entry(m, chunks=m.state_dict_metadata["rows"].chunks * 2), "parts of 'rows' fill 48 of 24"),
     ],
 )
 def test_an_index_that_points_elsewhere_is_refused(checkpoint, change, message):

@@ -63,7 +63,7 @@ def test_what_stands_in_the_folder(saved):
     assert (table["kind"], table["step"]) == ("training", 5)
     assert set(table["files"]) == {path.name for path in step.iterdir()} - {"manifest.json", "complete"}
     weights = open_weights(step)
-    assert weights.partition() == {"groups": ["a"]}
+    assert weights.partition() == {"version": 1, "groups": ["a"], "blocks": {"0": [0, 0]}}
     assert weights.config() == {"run": {"seed": 1}}
 
 
@@ -135,6 +135,13 @@ def test_nothing_left_to_load_is_an_error(copy):
         CheckpointStore(copy).newest_complete()
 
 
+def test_a_tracker_without_any_checkpoint_is_no_fresh_start(tmp_path):
+    """All folders lost their markers, or are gone: step 0 would throw away what the run has done."""
+    (tmp_path / "latest").write_text("step-5\n")
+    with pytest.raises(CheckpointError, match="names step-5, which is no complete checkpoint"):
+        CheckpointStore(tmp_path).newest_complete()
+
+
 def test_a_run_without_checkpoints_starts_fresh(tmp_path):
     assert CheckpointStore(tmp_path / "none").newest_complete() is None
 
@@ -156,10 +163,63 @@ def test_retention(tmp_path, keep, keep_every, left):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", *(f"step-{step}" for step in left)]
 
 
-@pytest.mark.parametrize("full_on", [0, 1])
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, full_on):
+@pytest.mark.parametrize(("when", "background"), [("before", False), ("after", False), ("after", True)])
+def test_what_reads_back_differently_replaces_nothing(tmp_path, when, background):
+    """The digests are those of the bytes in memory, and older checkpoints stay until the files have them."""
+    run_ranks(f"{CASES}:save", world_size=2, folder=tmp_path, steps=[1], keep=1)
+    damaged = tmp_path / "step-2" / "__0_0.distcp"
+    case = {"folder": tmp_path, "when": when, "background": background}
+    for message, names, tracker in run_ranks(f"{CASES}:save_damaged", world_size=2, **case):
+        assert message.startswith(f"{damaged} does not read back as it was just written")
+        assert "earlier checkpoints are untouched" in message
+        assert (names, tracker) == (["latest", "step-1", "step-2"], "step-1\n")
+    ((found, events), other) = run_ranks(f"{CASES}:resume_and_save", world_size=2, folder=tmp_path, steps=[2], keep=1)
+    assert found == 1 and other == (found, events)
+    (event,) = events
+    assert (event["event"], event["from"], event["to"], event["file"]) == ("fallback", 2, 1, str(damaged))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-2"]
+    assert CheckpointStore(tmp_path).newest_complete() == 2
+
+
+def test_sizes_alone_read_nothing_back(tmp_path):
+    run_ranks(f"{CASES}:save", folder=tmp_path, steps=[1], keep=1)
+    ((message, names, _),) = run_ranks(f"{CASES}:save_damaged", folder=tmp_path, when="after", verify="sizes")
+    assert (message, names) == ("no error", ["latest", "step-2"])
+
+
+@pytest.mark.parametrize("verify", ["full", "sizes"])
+def test_files_are_read_back_from_the_disk(tmp_path, verify):
+    """Each is dropped from the page cache, which holds what was written whatever the disk made of it; a load isn't."""
+    ((by_save, by_load),) = run_ranks(f"{CASES}:files_dropped_from_the_cache", folder=tmp_path, verify=verify)
+    written = {".metadata", "__0_0.distcp", "config.yaml", "metadata.json", "partition.json"}
+    assert by_save == (sorted(written) if verify == "full" else [])
+    assert by_load == []
+
+
+def test_damaged_checkpoints_count_for_nothing(tmp_path):
+    """After a fall-back from step 4 to step 2, with two to keep: step 2 stays until two newer ones are good."""
+    run_ranks(f"{CASES}:save", folder=tmp_path, steps=[2, 3, 4], keep=3)
+    for step in (3, 4):
+        (tmp_path / f"step-{step}" / "__0_0.distcp").write_bytes(b"")
+    ((found, events),) = run_ranks(f"{CASES}:resume_and_save", folder=tmp_path, steps=[5], keep=2)
+    assert found == 2 and [(event["from"], event["to"]) for event in events] == [(4, 2), (3, 2)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-2", "step-5"]
+
+
+def test_two_saves_of_one_state_are_equal(tmp_path):
+    for name in "ab":
+        run_ranks(f"{CASES}:save", world_size=2, folder=tmp_path / name, steps=[1])
+    first, second = ({path.name: path.read_bytes() for path in (tmp_path / name / "step-1").iterdir()} for name in "ab")
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("full_on", "background", "at_once"), [(0, False, False), (0, False, True), (1, False, False), (1, True, False)]
+)
+def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, full_on, background, at_once):
     run_ranks(f"{CASES}:save", world_size=2, folder=tmp_path, steps=[1])
-    for message, names in run_ranks(f"{CASES}:save_on_a_full_disk", world_size=2, folder=tmp_path, full_on=full_on):
+    case = {"folder": tmp_path, "full_on": full_on, "background": background, "at_once": at_once}
+    for message, names in run_ranks(f"{CASES}:save_on_a_full_disk", world_size=2, **case):
         assert f"writing the checkpoint {tmp_path / 'step-2.tmp'} failed: File too large" in message
         assert "earlier checkpoints are untouched" in message
         assert names == ["latest", "step-1"]

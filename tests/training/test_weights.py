@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from symbiotic.errors import CheckpointError
+from symbiotic.training.checkpoint import manifest
 from symbiotic.training.checkpoint.weights import WeightsWriter, open_weights, write_weights
 from tests.support.ranks import run_ranks
 
@@ -77,6 +78,14 @@ def test_the_weights_of_a_run_are_read(tmp_path):
     assert weights.common()["stage"] == "warm-up"
 
 
+def test_a_checkpoint_of_a_run_under_the_name_of_another_step_is_refused(tmp_path):
+    run_ranks(f"{CASES}:save", folder=tmp_path, steps=[5])
+    (tmp_path / "step-5").rename(tmp_path / "step-7")
+    with pytest.raises(CheckpointError, match=r"step-7/manifest\.json is of the checkpoint after step 5; give"):
+        open_weights(tmp_path / "step-7")
+    assert run_ranks(f"{CASES}:newest", folder=tmp_path)[0][0].startswith(f"every checkpoint in {tmp_path} is damaged")
+
+
 def test_a_view_is_written_without_its_storage(tmp_path):
     large = torch.zeros(1_000_000)
     write_weights(tmp_path / "weights", [("view", large[:2])], common={}, provenance={})
@@ -141,6 +150,18 @@ def test_a_folder_that_is_no_checkpoint(tmp_path):
         open_weights(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="has no file 'complete'"):
         open_weights(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[1]", "null", '{"a": NaN}', '{"a": 1, "a": 2}', "\xff"])
+def test_tables_that_no_writer_of_ours_wrote_are_refused(folder, text):
+    (folder / "partition.json").write_bytes(text.encode("latin-1"))
+    files = manifest.digest_files(folder)
+    manifest.write_manifest(folder, files, kind="weights", step=0)
+    (folder / manifest.MARKER_FILE).write_text(manifest.sha256_of(folder / manifest.MANIFEST_FILE) + "\n")
+    with pytest.raises(
+        CheckpointError, match=r"partition\.json (can't be parsed|holds no settings but) .*; the checkpoint"
+    ):
+        open_weights(folder).partition()
 
 
 def test_damaged_tables_are_named(folder):

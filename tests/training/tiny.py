@@ -18,7 +18,7 @@ DRAW = mode_byte(TokenType.GENERATION_CODE, loss=True)
 SEQUENCE = 48
 
 
-def write_corpus(folder: Path) -> Path:
+def write_corpus(folder: Path, *, tokenizer: str = "test") -> Path:
     """``vocabulary.json`` and the shards ``text``, ``read``, ``draw`` with patterns that a tiny model can learn."""
     vocabulary = VocabularyLayout.build(
         text_size=40,
@@ -26,7 +26,7 @@ def write_corpus(folder: Path) -> Path:
         resolutions=[(2, 2)],
         multiple=32,
         image_control_slots=8,
-        tokenizer_digest="test",
+        tokenizer_digest=tokenizer,
     )
     vocabulary.save(folder / "vocabulary.json")
     random = np.random.default_rng(7)

@@ -87,7 +87,17 @@ def describe(event: Event) -> str:
         shield = ", ".join(f"{kind} {factor}" for kind, factor in event.get("shield", {}).items())
         return f"step {step} stage {event['stage']!r} begins" + (f" (shield: {shield})" if shield else "")
     if kind == "checkpoint":
-        return f"step {step} saved to {event['path']} ({event['seconds']:.1f} s)"
+        blocked = event.get("blocked_seconds", event["seconds"])
+        in_background = f", {blocked:.1f} s of them waited for" if blocked < event["seconds"] else ""
+        return f"step {step} saved to {event['path']} ({event['seconds']:.1f} s{in_background})"
+    if kind == "fallback":
+        return f"step {step} goes on from here, since {event['problem']}"
+    if kind == "accepted_change":
+        return f"step {step} goes on with a change of {event['what']}: {event['difference']}"
+    if kind == "non_finite":
+        return f"step {step} {_non_finite(event)}"
+    if kind == "skipped_steps":
+        return f"step {step} reached without training from step {event['from']} on (training.skip_steps)"
     if kind in _MEASUREMENTS:
         return f"step {step} {_MEASUREMENTS[kind](event)}"
     rest = ", ".join(f"{key}: {value}" for key, value in event.items() if key not in ("event", "step"))
@@ -108,6 +118,32 @@ def _numbers(event: Event) -> str:
     mfu = f" ({100 * event['mfu']:.1f} % of peak)" if event["mfu"] is not None else ""
     parts.append(f"{event['tflops']:.3g} TFLOP/s a device{mfu}")
     return " | ".join(parts)
+
+
+_QUANTITIES = {"loss": "loss", "grad_norm": "gradient norm"}
+
+_DOCUMENTS_SHOWN = 5
+
+
+def _non_finite(event: Event) -> str:
+    """What isn't finite, where it begins, and the documents that were read."""
+    what = " and ".join(_QUANTITIES[name] for name in event["what"])
+    ranks = ", ".join(map(str, event["ranks"])) or "unknown"
+    if event["layer"] is None:
+        place = "running it again gave finite values only"
+    else:
+        kind = "output" if event["direction"] == "forward" else "gradient"
+        place = f"first the {kind} of {event['layer']} ({event['module']})"
+    documents = [
+        f"{document['source']} {document['id']} ({document['source_file']} line {document['line']})"
+        if "id" in document
+        else f"{document['source']} document {document['document']} of {document['shard']}"
+        for document in event["documents"][:_DOCUMENTS_SHOWN]
+    ]
+    more = event["num_documents"] - len(documents)
+    listed = ", ".join(documents) + (f" and {more} more (log.jsonl)" if more else "")
+    row = f", {event['in_a_row']} in a row" if event["in_a_row"] > 1 else ""
+    return f"not applied{row}: {what} not finite; {place}, rank {ranks}; documents: {listed}"
 
 
 def _routing(event: Event) -> str:

@@ -6,8 +6,10 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 
+from symbiotic.model.moe_layer import moe_layers_of
 from symbiotic.training.callbacks.base import Callback
 from symbiotic.training.losses import total_loss
 from symbiotic.training.throughput import ModelShape, peak_tflops
@@ -90,7 +92,7 @@ class StepMetrics(Callback):
             num_layers=len(self._moe_layers),
             moe_layer_freq=[int(is_moe) for is_moe in self._moe_layers],
         )
-        return values.scalars
+        return _of_stages_with_routers(values.scalars, has_routers=bool(moe_layers_of(trainer.chunks)))
 
     def _throughput(self, trainer: Trainer) -> dict[str, float | None]:
         seconds = self._seconds / self._steps
@@ -103,6 +105,20 @@ class StepMetrics(Callback):
             "seconds": seconds,
             "data_seconds": self._data_seconds / self._steps,
         }
+
+
+def _of_stages_with_routers(scalars: dict[str, float], *, has_routers: bool) -> dict[str, float]:
+    """The balance losses as the pipeline stages with MoE layers have them, on every stage. Collective.
+
+    On a stage that has recorded nothing, Megatron's tracker doesn't know over which ranks to sum or average.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1 or not scalars:
+        return scalars
+    values = torch.tensor([*scalars.values(), 1.0], dtype=torch.float64, device=torch.cuda.current_device())
+    values *= has_routers
+    torch.distributed.all_reduce(values, group=group)
+    return dict(zip(scalars, (values[:-1] / values[-1]).tolist(), strict=True))
 
 
 class _ScalarReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,8 @@ from symbiotic.training.callbacks.base import Callback, Event
 
 if TYPE_CHECKING:
     from symbiotic.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 _STEP_SCALARS = (
     "total_loss", "grad_norm", "projected", "tokens_per_second", "tflops", "mfu", "seconds", "data_seconds"
@@ -84,17 +87,28 @@ class TensorBoard(Callback):
         """Add the event's numbers to their curves."""
         if self._writer is None:
             return
-        for name, value in scalars_of(event):
-            self._writer.add_scalar(name, value, event["step"])
-        if event["event"] == "stage":
-            self._writer.add_text("stage", event["stage"], event["step"])
-        if event["event"] in ("evaluation", "checkpoint"):
-            self._writer.flush()
+        try:
+            for name, value in scalars_of(event):
+                self._writer.add_scalar(name, value, event["step"])
+            if event["event"] == "stage":
+                self._writer.add_text("stage", event["stage"], event["step"])
+            if event["event"] in ("evaluation", "checkpoint"):
+                self._writer.flush()
+        except OSError as error:
+            self._give_up(error)
 
     def close(self) -> None:
         """Flush and close the writer."""
         if self._writer is not None:
-            self._writer.close()
+            try:
+                self._writer.close()
+            except OSError as error:
+                self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        """Train without curves: ``log.jsonl`` holds their numbers too."""
+        log.warning("%s can't be written (%s); this launch draws no more curves", self._writer.log_dir, error.strerror)
+        self._writer = None
 
 
 class WeightsAndBiases(Callback):

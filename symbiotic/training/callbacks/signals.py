@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import signal
-from types import FrameType
+import logging
 from typing import TYPE_CHECKING
 
+import torch
+
 from symbiotic.training.callbacks.base import Callback
+from symbiotic.training.stop_signals import StopSignals
 
 if TYPE_CHECKING:
     from symbiotic.training.trainer import Trainer
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+log = logging.getLogger(__name__)
 
 
 class StopOnSignal(Callback):
-    """Asks the Trainer to stop when one of ``SIGNALS`` arrives.
+    """Asks the Trainer to stop when a signal arrives, or has arrived before the loop.
 
-    The Trainer agrees with the other ranks at each step boundary, so it is enough that one rank is told. The second
-    signal has the effect that the process was started with: usually it ends at once.
+    The Trainer agrees with the other ranks at each step boundary, so it is enough that one rank is told. Saves and
+    evaluations belong to the step before, and are not cut short.
     """
 
-    def __init__(self) -> None:
-        self._before: dict[int, object] = {}
-        self._trainer: Trainer | None = None
+    def __init__(self, signals: StopSignals) -> None:
+        self._signals = signals
 
     def on_start(self, trainer: Trainer) -> None:
-        """Take over the signals."""
-        self._trainer = trainer
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        """Listen."""
+        rank = torch.distributed.get_rank()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._trainer.request_stop(f"received {signal.Signals(number).name}")
-        self.close()
+        def stop(name: str) -> None:
+            log.info("received %s: saving and leaving after this step; a second signal ends the run at once", name)
+            trainer.request_stop(f"rank {rank} received {name}")
 
-    def close(self) -> None:
-        """Give the signals back."""
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+        self._signals.tell(stop)

@@ -2,14 +2,16 @@
 
 A training checkpoint holds model, optimizer (Megatron's ``fully_reshardable`` format), each rank's random state,
 and as common state the counters, the callbacks' state and the run's *identity*: stages, rates, data order and
-layout. A resume compares the identity and goes on bit for bit; ``load`` takes the weights only, for step 0 of a
-new run with a fresh optimizer.
+layout. A resume compares the identity and goes on bit for bit, or says what differs: see :mod:`identity`. ``load``
+takes the weights only, for step 0 of a new run with a fresh optimizer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,15 @@ from torch import nn
 
 from symbiotic.data.blend import BlendedDataset
 from symbiotic.distributed.agreement import on_rank_zero
-from symbiotic.errors import CheckpointError
+from symbiotic.errors import CheckpointError, UserError
 from symbiotic.model.own_start import load_with_own_parts
 from symbiotic.model.partition import ExpertPartition
+from symbiotic.training.checkpoint.identity import Change, accepted, identity_changes
+from symbiotic.training.checkpoint.optimizer_state import load_optimizer_state, sharded_optimizer_state
+from symbiotic.training.checkpoint.safe_load import reason_of
 from symbiotic.training.checkpoint.storage import CheckpointStore, load_checkpoint
 from symbiotic.training.checkpoint.weights import open_weights
 from symbiotic.training.evaluation import parameters_gathered
-from symbiotic.training.stages import first_difference
 from symbiotic.training.state import TrainState, rng_state, set_rng_state
 
 log = logging.getLogger(__name__)
@@ -40,6 +44,21 @@ OPTIMIZER_FORMAT = {
     "chained_optim_avoid_prefix": True,
 }
 """Settings under which megatron-core writes an optimizer state that any parallel layout can load."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """What a run goes on with.
+
+    Attributes:
+        state: its counters.
+        callbacks: the callbacks' own state.
+        events: what the log should know of this resume: damaged checkpoints passed over, accepted changes.
+    """
+
+    state: TrainState
+    callbacks: dict[str, Any]
+    events: list[dict[str, Any]]
 
 
 class CheckpointManager:
@@ -54,6 +73,7 @@ class CheckpointManager:
         config: the resolved configuration as a plain tree.
         identity: what a resumed run must have in common with the saved one, as plain values: ``stages`` (a list)
             and named tables, see ``symbiotic.training.setup.run_identity``.
+        accept_changes: names of ``checkpoint.accept_changes`` that may differ all the same.
     """
 
     def __init__(
@@ -66,6 +86,7 @@ class CheckpointManager:
         partition: ExpertPartition,
         config: Mapping[str, Any],
         identity: Mapping[str, Any],
+        accept_changes: Collection[str] = (),
     ) -> None:
         self.store = store
         self._chunks = list(chunks)
@@ -74,17 +95,19 @@ class CheckpointManager:
         self._partition = partition
         self._config = config
         self._identity = identity
+        self._accept_changes = frozenset(accept_changes)
 
-    def save(self, state: TrainState, *, callbacks: Mapping[str, Any]) -> Path:
-        """Write the checkpoint after ``state.step``. Collective.
+    def begin(self, state: TrainState, *, callbacks: Mapping[str, Any], background: bool = False) -> None:
+        """Begin the checkpoint after ``state.step``; ``store.advance`` completes it. Collective.
 
         Args:
             state: the run's counters.
             callbacks: the callbacks' own state, as plain values.
+            background: write in the background, while training changes the state.
         """
         with parameters_gathered(self._chunks):
             model = self._model_state()
-            return self.store.save(
+            self.store.begin(
                 state.step,
                 {**model, "optimizer": self._optimizer_state(model, is_loading=False), "rng": _sharded_rng_state()},
                 common={
@@ -96,13 +119,11 @@ class CheckpointManager:
                 },
                 partition=self._partition.to_dict(),
                 config=self._config,
+                background=background,
             )
 
-    def resume(self, step: int) -> tuple[TrainState, dict[str, Any]]:
+    def resume(self, step: int) -> Resumed:
         """Restore the checkpoint after ``step``. Collective.
-
-        Returns:
-            the counters and the callbacks' state.
 
         Raises:
             CheckpointError: it is damaged, or of another model, optimizer, stage table or batch size.
@@ -110,24 +131,31 @@ class CheckpointManager:
         """
         folder = self.store.path(step)
         saved = on_rank_zero(lambda: open_weights(folder).common())
-        on_rank_zero(lambda: self._check_identity(folder, saved))
-        self._data.load_state(saved["data"])
-        same_layout = saved["layout"] == layout()
+        with _reading_own_state(folder):
+            changes = on_rank_zero(lambda: self._accepted_changes(folder, saved))
+            state, callbacks = TrainState.from_dict(saved["state"]), dict(saved["callbacks"])
+            if {**state.to_dict(), **saved["state"]} != state.to_dict() or state.step != step:
+                raise ValueError(f"counters of step {state.step}")
+            changes += self._load_data_state(saved["data"])
+            same_layout = saved["layout"] == layout()
         model = self._model_state()
         request = {**model, "optimizer": self._optimizer_state(model, is_loading=True)}
         if same_layout:
             request["rng"] = _sharded_rng_state()
         loaded = self.store.load(request, step)
         self._set_model_state(loaded)
-        self._set_optimizer_state(loaded["optimizer"], folder)
-        if same_layout:
-            set_rng_state(loaded["rng"])
-        elif torch.distributed.get_rank() == 0:
+        with _reading_own_state(folder):
+            load_optimizer_state(self._optimizer, loaded["optimizer"], source=str(folder))
+            if same_layout:
+                set_rng_state(loaded["rng"])
+        if not same_layout and torch.distributed.get_rank() == 0:
             log.warning(
                 "%s was saved in another parallel layout (%s, now %s): dropout and jitter go on from other random "
                 "numbers than in the run that never stopped", folder, saved["layout"], layout()
             )  # fmt: skip
-        return TrainState.from_dict(saved["state"]), dict(saved["callbacks"])
+        events = [fallback.event(to=step) for fallback in self.store.fallbacks]
+        events += [change.event(step=step) for change in changes]
+        return Resumed(state, callbacks, events)
 
     def load_weights(self, folder: Path) -> None:
         """Take the model's weights from a checkpoint of a run or from one of weights only. Collective.
@@ -147,50 +175,44 @@ class CheckpointManager:
         # The optimizer's float32 masters are copies of the weights that were just replaced.
         self._optimizer.reload_model_params()
 
-    def _check_identity(self, folder: Path, saved: Mapping[str, Any]) -> None:
+    def _accepted_changes(self, folder: Path, saved: Mapping[str, Any]) -> list[Change]:
         if "identity" not in saved:
             raise CheckpointError(
                 f"{folder} holds weights only, nothing to resume from; name it in checkpoint.load and choose another "
                 "run.folder"
             )
-        before = saved["identity"]
-        difference = first_difference(before["stages"], self._identity["stages"])
-        if difference:
-            raise CheckpointError(
-                f"{folder} was trained with another stage table ({difference}); resume with the stages it was trained "
-                "with, or start a new run with checkpoint.load"
-            )
-        for name, now in self._identity.items():
-            if name == "stages" or before.get(name) == now:
-                continue
-            keys = [key for key in now if before.get(name, {}).get(key) != now[key]]
-            keys += [key for key in before.get(name, {}) if key not in now]
-            key = keys[0]
-            raise CheckpointError(
-                f"{folder} was trained with {name}.{key} = {before.get(name, {}).get(key)!r}, this run has "
-                f"{now.get(key)!r}; resume with the old value, or start a new run with checkpoint.load"
-            )
+        changes = identity_changes(saved["identity"], self._identity)
+        return accepted(changes, self._accept_changes, source=str(folder))
+
+    def _load_data_state(self, saved: Mapping[str, Any]) -> list[Change]:
+        differences = self._data.load_state(saved, accept_changes="data" in self._accept_changes)
+        if not differences:
+            return []
+        index = int(saved["next_sample"])
+        return [Change("data", saved["identity"], self._data.state(index)["identity"], "; ".join(differences))]
 
     def _model_state(self) -> dict[str, Any]:
         return model_state([chunk.module for chunk in self._chunks])
 
     def _optimizer_state(self, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-        return self._optimizer.sharded_state_dict(model, is_loading=is_loading, metadata=_metadata())
+        return sharded_optimizer_state(self._optimizer, model, metadata=_metadata(), is_loading=is_loading)
 
     def _set_model_state(self, loaded: Mapping[str, Any]) -> None:
         set_model_state([chunk.module for chunk in self._chunks], loaded)
 
-    def _set_optimizer_state(self, loaded: Any, folder: Path) -> None:
-        try:
-            self._optimizer.load_state_dict(loaded)
-        except (KeyError, ValueError) as error:
-            # Megatron looks for each parameter group by its settings, with role first among them.
-            saved, now = _roles(loaded), {group["role"] for group in self._optimizer.param_groups}
-            difference = ", ".join(sorted(saved ^ now)) or "weight decay or optimizer settings"
-            raise CheckpointError(
-                f"{folder}: its optimizer has other parameter groups than this run (they differ in {difference}); "
-                "resume with the configuration it was trained with, or start a new run with checkpoint.load"
-            ) from error
+
+@contextlib.contextmanager
+def _reading_own_state(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong in taking a checkpoint's plain values into a CheckpointError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder}: the run's own state is not of a form that this release reads ({type(error).__name__}: "
+            f"{reason_of(error)}); take another checkpoint"
+        ) from error
 
 
 def read_partition(folder: Path) -> ExpertPartition | None:
@@ -240,13 +262,3 @@ def _metadata() -> dict[str, Any]:
 def _chunk_key(index: int, num_chunks: int) -> str:
     """Megatron's name for a model chunk's state: the optimizer looks for it."""
     return "model" if num_chunks == 1 else f"model{index}"
-
-
-def _roles(optimizer_state: Any) -> set[str]:
-    """Roles of all parameter groups in a loaded optimizer state, however it nests."""
-    if isinstance(optimizer_state, Mapping):
-        groups = optimizer_state.get("param_groups")
-        if isinstance(groups, list):
-            return {group.get("role", "?") for group in groups}
-        return set().union(*(_roles(value) for value in optimizer_state.values()))
-    return set()

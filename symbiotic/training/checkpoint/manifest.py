@@ -11,14 +11,16 @@ step-500/
 """
 
 import contextlib
-import json
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from symbiotic.errors import CheckpointError
-from symbiotic.files import fsync_folder, sha256_of, write_json, write_text
+from symbiotic.files import disk_error, fsync_folder, sha256_of, write_json, write_text
+from symbiotic.strict_json import brief, misfit, parse_json
 
 MANIFEST_FILE = "manifest.json"
 MARKER_FILE = "complete"
@@ -26,23 +28,35 @@ FORMAT = "symbiotic-checkpoint"
 VERSION = 1
 VERIFY_LEVELS = ("full", "sizes")
 
+_STEP_FOLDER = re.compile(r"step-([0-9]{1,18})")
 
-def digest_files(folder: Path, *, share: tuple[int, int] = (0, 1)) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of the files of a folder, read back from where they were written.
+_SHAPE = {"format": str, "version": int, "kind": str, "step": int, "files": {str: {"size": int, "sha256": str}}}
+"""Kinds of values of a manifest, see ``strict_json.misfit``."""
+
+
+class FileEntry(TypedDict):
+    """A file in the manifest: its bytes, and their SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+def digest_files(folder: Path, *, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
+    """Size and SHA-256 of the files of a folder.
 
     Args:
         folder: the checkpoint being written.
-        share: (rank, ranks): only every ``ranks``-th file, starting with the ``rank``-th.
+        known: files that were digested while they were written; these aren't read.
     """
+    known = known or {}
     names = sorted(path.name for path in folder.iterdir() if path.name not in (MANIFEST_FILE, MARKER_FILE))
-    rank, ranks = share
     return {
-        name: {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
-        for name in names[rank::ranks]
+        name: known.get(name) or {"size": (folder / name).stat().st_size, "sha256": sha256_of(folder / name)}
+        for name in names
     }
 
 
-def write_manifest(folder: Path, files: Mapping[str, Mapping[str, Any]], *, kind: str, step: int) -> None:
+def write_manifest(folder: Path, files: Mapping[str, FileEntry], *, kind: str, step: int) -> None:
     """Write the manifest and flush the folder; the marker is still missing.
 
     Args:
@@ -99,10 +113,7 @@ def reporting_disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:
-        # torch.save covers an OSError of the stream with a RuntimeError about the position in its archive.
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, OSError):
-            cause = cause.__context__
+        cause = disk_error(error)
         if cause is None:
             raise
         raise CheckpointError(
@@ -128,36 +139,58 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not is_complete(folder):
         raise CheckpointError(
             f"{folder} has no file {MARKER_FILE!r}, so it is no checkpoint or was not written to the end; "
-            "take another one"
+            "take another one",
+            file=folder / MARKER_FILE,
         )
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing; the checkpoint is damaged, take another", file=path)
     try:
         if (folder / MARKER_FILE).read_text(encoding="utf-8").strip() != sha256_of(path):
-            raise CheckpointError(f"{path} was changed after the checkpoint was completed; take another one")
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+            raise CheckpointError(f"{path} was changed after the checkpoint was completed; take another one", file=path)
+        manifest = parse_json(path.read_bytes())
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise CheckpointError(
-                f"{path} is of format {manifest['format']!r} version {manifest['version']!r}, this release reads "
-                f"{FORMAT!r} version {VERSION}; load it with the release that wrote it"
+                f"{path} is of format {brief(manifest['format'])} version {brief(manifest['version'])}, this release "
+                f"reads {FORMAT!r} version {VERSION}; load it with the release that wrote it",
+                file=path,
+            )
+        fault = misfit(manifest, _SHAPE)
+        if fault or manifest["step"] < 0:
+            raise ValueError(fault or f"step is {manifest['step']}")
+        named = _STEP_FOLDER.fullmatch(folder.name)
+        if named and manifest["kind"] == "training" and manifest["step"] != int(named[1]):
+            raise CheckpointError(
+                f"{path} is of the checkpoint after step {manifest['step']}; give the folder that name, or remove it",
+                file=path,
             )
         for name, entry in manifest["files"].items():
-            if Path(name).name != name or not isinstance(entry["size"], int) or len(entry["sha256"]) != 64:
-                raise CheckpointError(f"{path}: the entry for {name!r} is none of a checkpoint's; take another one")
+            if Path(name).name != name or not name.isprintable() or len(name) > 80 or len(entry["sha256"]) != 64:
+                raise CheckpointError(
+                    f"{path}: the entry for {brief(name)} is none of a checkpoint's; take another one", file=path
+                )
     except OSError as error:
-        raise CheckpointError(f"{error.filename}: {error.strerror}; the checkpoint is damaged, take another") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{error.filename}: {error.strerror}; the checkpoint is damaged, take another", file=error.filename
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path} is no manifest ({type(error).__name__}: {error}); take another one") from error
+        raise CheckpointError(
+            f"{path} is no manifest ({type(error).__name__}: {brief(str(error))}); take another one", file=path
+        ) from error
     return manifest
 
 
-def verify_files(folder: Path, *, level: str = "full", share: tuple[int, int] = (0, 1)) -> dict[str, Any]:
+def verify_files(
+    folder: Path, *, level: str = "full", share: tuple[int, int] = (0, 1), from_disk: bool = False
+) -> dict[str, Any]:
     """Compare a checkpoint's files with its manifest.
 
     Args:
         folder: the checkpoint.
         level: ``sizes`` compares the size of every file; ``full`` every byte too.
         share: (rank, ranks): digest only every ``ranks``-th file. Sizes are always compared for all.
+        from_disk: drop the files from the page cache first, which holds what was just written, not what the disk has.
 
     Returns:
         The manifest.
@@ -169,17 +202,28 @@ def verify_files(folder: Path, *, level: str = "full", share: tuple[int, int] = 
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing; the checkpoint is damaged, take another one")
+            raise CheckpointError(f"{path} is missing; the checkpoint is damaged, take another one", file=path)
         if path.stat().st_size != entry["size"]:
             raise CheckpointError(
                 f"{path} has {path.stat().st_size} bytes instead of {entry['size']}; the checkpoint is damaged, "
-                "take another one"
+                "take another one",
+                file=path,
             )
     rank, ranks = share
     for name in sorted(manifest["files"])[rank::ranks] if level == "full" else ():
+        if from_disk:
+            _drop_from_page_cache(folder / name)
         if sha256_of(folder / name) != manifest["files"][name]["sha256"]:
             raise CheckpointError(
                 f"{folder / name} has the right size but other content than was written; the checkpoint is damaged, "
-                "take another one"
+                "take another one",
+                file=folder / name,
             )
     return manifest
+
+
+def _drop_from_page_cache(path: Path) -> None:
+    """Have the next read come from the disk, or from the file server. Only pages that were fsynced are dropped."""
+    if hasattr(os, "posix_fadvise"):  # Linux has it
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

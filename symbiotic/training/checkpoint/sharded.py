@@ -1,12 +1,17 @@
 """Megatron's sharded state dicts to and from a folder, through torch's distributed checkpoint.
 
 The format is megatron-core's ``torch_dist``: its own ``dist_checkpointing.load`` reads a folder written here. Two
-things differ from its ``save`` and ``load``. Writing happens in the calling process (core starts a manager process
-that imports the entry script again). Reading goes through :mod:`safe_load`.
+things differ from its ``save`` and ``load``. Writing happens in the calling process, in its main thread or in another
+(core starts a manager process that imports the entry script again). Reading goes through :mod:`safe_load`.
 """
 
 import contextlib
+import errno
+import hashlib
 import io
+import os
+import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,13 +32,16 @@ from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem, SavePlan, WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.checkpoint.utils import _DistWrapper
 
 from symbiotic.distributed.agreement import on_every_rank, on_rank_zero, rank_and_size
 from symbiotic.errors import CheckpointError
-from symbiotic.training.checkpoint.manifest import reporting_disk_errors
-from symbiotic.training.checkpoint.safe_load import SafeReader, load_object, read_metadata
+from symbiotic.training.checkpoint.manifest import FileEntry, reporting_disk_errors
+from symbiotic.training.checkpoint.safe_load import SafeReader, load_object, read_metadata, reason_of
 from symbiotic.training.checkpoint.weights import OPTIMIZER_PREFIX, read_common_state, write_format
 
 PRIVATE_NAMES = (
@@ -48,14 +56,26 @@ PRIVATE_NAMES = (
 """Names inside Megatron that this module relies on, as (module, name); a test checks that each exists."""
 
 
-def save_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> None:
-    """Write a sharded state dict into an existing, empty folder; every rank calls it. Files are fsynced.
+def save_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, FileEntry]:
+    """Write a sharded state dict into an existing, empty folder; every rank calls it. See :func:`plan_save`."""
+    save = plan_save(sharded_state_dict, folder)
+    save.write()
+    return save.finish()
+
+
+def plan_save(sharded_state_dict: dict[str, Any], folder: Path, *, from_copy: bool = False) -> "ShardedSave":
+    """Agree on who writes which part of a sharded state dict; every rank calls it. Nothing is written yet.
 
     What is no ``ShardedTensor`` or ``ShardedObject`` is common state: equal on all ranks, and made of plain
     values, containers and tensors.
 
+    Args:
+        sharded_state_dict: Megatron's sharded state dict.
+        folder: an existing, empty folder.
+        from_copy: copy what this rank writes to host memory, so that the tensors may change before it is written.
+
     Raises:
-        CheckpointError: the ranks' shards don't add up to whole tensors, or a rank can't write.
+        CheckpointError: the ranks' shards don't add up to whole tensors, or hold what can't be read back.
     """
     rank, _ = rank_and_size()
     sharded, common_state = save_preprocess(sharded_state_dict, validate_access_integrity=False)
@@ -66,27 +86,157 @@ def save_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> None:
     planner = torch_strategy.MCoreSavePlanner(
         dedup_replicated_tensors=False, flatten_state_dict=False, flatten_sharded_tensors=False
     )
-    writer = _Writer(folder, single_file_per_rank=True, sync_files=True)
+    writer = _Writer(folder)
+    ranks, index = _DistWrapper(None, True, 0), None
+
+    def own_plan() -> SavePlan:
+        state = torch_strategy.mcore_to_pyt_state_dict(by_key)
+        planner.set_up_planner(state, storage_meta=writer.storage_meta(), is_coordinator=rank == 0)
+        writer.set_up_storage_writer(rank == 0)
+        return writer.prepare_local_plan(planner.create_local_plan())
+
+    def plan_for_all(plans: list[SavePlan]) -> list[SavePlan]:
+        nonlocal index
+        plans, index = planner.create_global_plan(plans)
+        return writer.prepare_global_plan(plans)
+
     try:
         with _without_expected_warnings():
-            torch_checkpoint.save(
-                torch_strategy.mcore_to_pyt_state_dict(by_key), storage_writer=writer, planner=planner
-            )
+            plan = planner.finish_plan(ranks.reduce_scatter("plan", own_plan, plan_for_all))
     except CheckpointException as error:
         raise CheckpointError(_writing_failed(error, folder)) from error
-    on_rank_zero(lambda: write_format(folder))
+    source = on_every_rank(lambda: _HostCopy(plan, planner)) if from_copy else planner
+    return ShardedSave(writer, plan=plan, source=source, index=index, ranks=ranks)
+
+
+class ShardedSave:
+    """A planned save: each rank writes its own files by itself, then all ranks finish together.
+
+    ``write`` doesn't communicate, so it may run in another thread while the ranks train on.
+    """
+
+    def __init__(
+        self, writer: "_Writer", *, plan: SavePlan, source: Any, index: Metadata | None, ranks: _DistWrapper
+    ) -> None:
+        self._writer = writer
+        self._plan = plan
+        self._source = source
+        self._index = index
+        self._ranks = ranks
+        self._results: list[WriteResult] = []
+
+    def write(self) -> None:
+        """Write and fsync this rank's files, digesting the bytes on their way. No communication.
+
+        Raises:
+            CheckpointError: the file system refused.
+        """
+        with reporting_disk_errors(self._writer.path):
+            try:
+                self._results = self._writer.write_data(self._plan, self._source).value()
+            except Exception as error:
+                _forget_local_variables(error)
+                raise
+
+    def cancel(self) -> None:
+        """Make ``write``, which runs in another thread, fail before its next tensor."""
+        self._source.cancelled.set()
+
+    def finish(self) -> dict[str, FileEntry]:
+        """Write the index of what all ranks wrote; every rank calls it once all have written.
+
+        Returns:
+            Size and digest of every file, of the bytes that were handed to the file system.
+        """
+        parts = self._ranks.gather_object((self._results, self._writer.fs.entries))
+        return on_rank_zero(lambda: self._write_index(parts))
+
+    def _write_index(self, parts: list[tuple[list[WriteResult], dict[str, FileEntry]]]) -> dict[str, FileEntry]:
+        with reporting_disk_errors(self._writer.path):
+            self._writer.finish(self._index, [results for results, _ in parts])
+            write_format(self._writer.path)
+        files = {name: entry for _, entries in parts for name, entry in entries.items()}
+        return files | self._writer.fs.entries
 
 
 class _Writer(torch_checkpoint.FileSystemWriter):
-    """torch's writer of a checkpoint folder, with errors of the file system in words that reach every rank."""
+    """torch's writer of a checkpoint folder, with files that digest what is written."""
 
-    def write_data(self, *args: Any, **kwargs: Any) -> Any:
-        with reporting_disk_errors(Path(self.path)):
-            return super().write_data(*args, **kwargs)
+    def __init__(self, folder: Path) -> None:
+        # Nothing is copied ahead: that takes a stream of the current GPU, which another thread doesn't know.
+        # _DigestingFile fsyncs.
+        super().__init__(folder, single_file_per_rank=True, sync_files=False, per_thread_copy_ahead=0)
+        self.fs = _DigestingFileSystem()
 
-    def finish(self, *args: Any, **kwargs: Any) -> None:
-        with reporting_disk_errors(Path(self.path)):
-            super().finish(*args, **kwargs)
+    def storage_meta(self) -> StorageMeta:
+        """Empty: torch puts the folder's temporary name and a random id here, so no two saves would be equal."""
+        return StorageMeta()
+
+
+class _DigestingFileSystem(FileSystem):
+    """Files that are digested while they are written, and flushed to the disk when they are closed.
+
+    Attributes:
+        entries: size and SHA-256 of each finished file by its name.
+    """
+
+    def __init__(self) -> None:
+        self.entries: dict[str, FileEntry] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        """A new file; ``mode`` is always ``wb``."""
+        with _DigestingFile(path) as stream:
+            yield stream
+        self.entries[Path(path).name] = {"size": stream.size, "sha256": stream.digest.hexdigest()}
+
+    def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
+        """Rename a finished file."""
+        super().rename(path, new_path)
+        self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
+
+
+class _DigestingFile(io.BufferedWriter):
+    """A file whose SHA-256 is that of the bytes given to it, whatever becomes of them on the disk."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        """Digest and write."""
+        self.digest.update(data)
+        written = super().write(data)
+        self.size += written
+        return written
+
+    def close(self) -> None:
+        """Flush to the disk and close, on a full disk too: a file that stays open would keep what room it has."""
+        try:
+            if not self.closed:
+                self.flush()
+                os.fsync(self.fileno())
+        finally:
+            super().close()
+
+
+class _HostCopy:
+    """A rank's part of a save as it was at one moment: answers a writer in place of the planner."""
+
+    def __init__(self, plan: SavePlan, planner: torch_strategy.MCoreSavePlanner) -> None:
+        self.cancelled = threading.Event()
+        self._data: dict[MetadataIndex, Any] = {}
+        for item in plan.items:
+            data = planner.resolve_data(item)
+            # Objects are bytes of their own already.
+            self._data[item.index] = data.detach().to("cpu", copy=True) if torch.is_tensor(data) else data
+
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
+        """The copy, which is given away: memory is freed as the file grows."""
+        if self.cancelled.is_set():
+            raise OSError(errno.ECANCELED, "the run failed before the checkpoint was written")
+        return self._data.pop(write_item.index)
 
 
 def load_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -103,14 +253,24 @@ def load_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, 
     force_all_tensors_to_non_fp8(sharded_state_dict)
     wanted, own_values, factories = load_preprocess(sharded_state_dict)
     common_state = on_every_rank(lambda: read_common_state(folder, metadata))
-    merge(common_state, own_values)
+    _merge(common_state, own_values, folder)
     sharded, _ = extract_sharded_base(wanted)
     absent, sharded = extract_matching_values(sharded, lambda entry: _is_absent_extra_state(entry, metadata))
-    merge(common_state, dict_list_map_outplace(lambda _: None, absent))
+    _merge(common_state, dict_list_map_outplace(lambda _: None, absent), folder)
     global_shards = _check_sharding(sharded)
     on_rank_zero(lambda: _check_same_model(global_shards, metadata, folder))
-    merge(common_state, on_every_rank(lambda: _read(sharded, folder)))
+    _merge(common_state, on_every_rank(lambda: _read(sharded, folder)), folder)
     return apply_factory_merges(common_state, factories)
+
+
+def _merge(common_state: dict[str, Any], values: dict[str, Any], folder: Path) -> None:
+    """Put ``values`` into the common state, which has other keys in the same tables."""
+    try:
+        merge(common_state, values)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{folder}: its common state stands in the place of its tensors; the checkpoint is damaged, take another"
+        ) from error
 
 
 def _is_absent_extra_state(entry: ShardedTensor | ShardedObject, metadata: Metadata) -> bool:
@@ -222,6 +382,17 @@ def _without_expected_warnings() -> Iterator[None]:
         yield
 
 
+def _forget_local_variables(error: BaseException) -> None:
+    """Empty the frames that an error has come through, and those of the errors before it.
+
+    They hold a BytesIO and its buffer, and Python 3.12.1 crashes when its garbage collector meets both.
+    """
+    failure: BaseException | None = error
+    while failure is not None:
+        traceback.clear_frames(failure.__traceback__)
+        failure = failure.__context__
+
+
 def _first_failure(error: CheckpointException) -> BaseException:
     """What the first failing rank raised."""
     exception, _ = next(iter(error.failures.values()))
@@ -239,4 +410,4 @@ def _reading_failed(error: CheckpointException, folder: Path) -> str:
     failure = _first_failure(error)
     if isinstance(failure, CheckpointError):
         return str(failure)
-    return f"reading the checkpoint {folder} failed ({failure}); it is damaged, take another"
+    return f"reading the checkpoint {folder} failed ({reason_of(failure)}); it is damaged, take another"

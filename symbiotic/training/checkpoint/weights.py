@@ -19,7 +19,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-import yaml
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -31,8 +30,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from symbiotic.errors import CheckpointError
+from symbiotic.config.yaml_tree import dump_yaml, read_yaml
+from symbiotic.errors import CheckpointError, ConfigError
 from symbiotic.files import replacing, write_json, write_text
+from symbiotic.strict_json import brief, parse_json
 from symbiotic.training.checkpoint import manifest as manifests
 from symbiotic.training.checkpoint.safe_load import METADATA_FILE, load_object, read_metadata
 
@@ -115,7 +116,12 @@ class Weights:
 
     def common(self) -> dict[str, Any]:
         """The run's own state that is no tensor of the model: step, stage, data position, counters."""
-        return read_common_state(self.folder, self._metadata).get(COMMON_KEY, {})
+        common = read_common_state(self.folder, self._metadata).get(COMMON_KEY, {})
+        if not isinstance(common, dict):
+            raise CheckpointError(
+                f"{self.folder}: the run's own state is {brief(common)}; the checkpoint is damaged, take another"
+            )
+        return common
 
     def partition(self) -> dict[str, Any] | None:
         """The expert partition as a plain table, None where the checkpoint has none."""
@@ -149,10 +155,10 @@ class Weights:
             target[0] = slice(first - start, last - start)
         place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         part = load_object(_slice_of(self.folder, place), file=self.folder / place.relative_path, key=key)
-        if not torch.is_tensor(part) or list(part.shape) != sizes:
+        if not torch.is_tensor(part) or list(part.shape) != sizes or part.dtype != result.dtype:
             raise CheckpointError(
-                f"{self.folder / place.relative_path}: the stored part of {key!r} is not the tensor of shape "
-                f"{tuple(sizes)} that {METADATA_FILE} promises; the checkpoint is damaged, take another one"
+                f"{self.folder / place.relative_path}: the stored part of {key!r} is not the {result.dtype} tensor of "
+                f"shape {tuple(sizes)} that {METADATA_FILE} promises; the checkpoint is damaged, take another one"
             )
         result[tuple(target)] = part[tuple(source)]
         return result[tuple(target)].numel()
@@ -162,12 +168,17 @@ class Weights:
         if not path.is_file():
             return None
         try:
-            # JSON is YAML too; the safe loader makes plain values only.
-            return yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            tree = read_yaml(path)[0] if name == CONFIG_FILE else parse_json(path.read_bytes())
+        except (OSError, ValueError) as error:
+            reason = str(error) if isinstance(error, ConfigError) else brief(str(error))
             raise CheckpointError(
-                f"{path} can't be parsed ({error}); the checkpoint is damaged, take another"
+                f"{path} can't be parsed ({reason}); the checkpoint is damaged, take another"
             ) from error
+        if not isinstance(tree, dict):
+            raise CheckpointError(
+                f"{path} holds no settings but {brief(tree)}; the checkpoint is damaged, take another"
+            )
+        return tree
 
 
 def read_common_state(folder: Path, metadata: Metadata) -> dict[str, Any]:
@@ -316,7 +327,7 @@ class WeightsWriter:
             if table is not None:
                 write_json(self._temporary / name, table)
         if self._config is not None:
-            write_text(self._temporary / CONFIG_FILE, yaml.safe_dump(dict(self._config), sort_keys=False))
+            write_text(self._temporary / CONFIG_FILE, dump_yaml(dict(self._config)))
         files = manifests.digest_files(self._temporary)
         manifests.write_manifest(self._temporary, files, kind="weights", step=0)
         manifests.publish(self._temporary, self.folder)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from symbiotic.distributed.agreement import on_every_rank, on_rank_zero
 from symbiotic.errors import CheckpointError
-from symbiotic.files import replacing
+from symbiotic.files import replacing, reporting_unwritable
 from symbiotic.model.moe_layer import GroupedMoELayer, moe_layers_of
 from symbiotic.model.router import GroupRouter
 from symbiotic.tokens.types import NUM_TOKEN_TYPES, TokenType
@@ -283,9 +283,11 @@ class RoutingDrift:
         return logits
 
     def _save(self, logits: Tensor, *, step: int) -> None:
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(self._path) as file:
-            torch.save({**self._identity(), "step": step, "logits": logits, "sha256": _sha256(logits)}, file)
+        content = {**self._identity(), "step": step, "logits": logits, "sha256": _sha256(logits)}
+        with reporting_unwritable(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(self._path) as file:
+                torch.save(content, file)
 
     def _identity(self) -> dict[str, Any]:
         return {"version": REFERENCE_VERSION, "tokens": self._calibration.digest, "blocks": self._blocks}

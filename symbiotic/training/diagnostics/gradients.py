@@ -38,13 +38,14 @@ from symbiotic.training.state import rng_state, set_rng_state
 UNDERSTANDING_SIDE = (LossClass.TEXT, LossClass.UNDERSTANDING)
 """The classes whose gradients add up to the understanding side of the cosine."""
 
-_SCHEDULE_HOOKS = (
+SCHEDULE_HOOKS = (
     "grad_scale_func",
     "finalize_model_grads_func",
     "no_sync_func",
     "grad_sync_func",
     "param_sync_func",
 )
+"""Functions in the model's configuration by which Megatron's schedules scale and reduce gradients."""
 
 
 def measure_gradients(
@@ -111,7 +112,7 @@ class _Passes:
     def gradients(self, batches: Sequence[Microbatch], *, totals: Tensor, loss_weights: Sequence[float]) -> BlockShards:
         """One pass over the microbatches, every time with the same dropout."""
         set_rng_state(self._random)
-        _forget_gradients(self._chunks)
+        forget_gradients(self._chunks)
         # Megatron's schedule divides by the number of microbatches; ranks are summed, not averaged, here.
         normaliser = LossNormaliser.build(totals, loss_weights=loss_weights, scale=len(batches))
         with ExitStack() as unreduced:
@@ -129,7 +130,7 @@ def _measuring(chunks: Sequence[DistributedDataParallel]) -> Iterator[_Passes]:
     loss, no jitter, nothing counted.
     """
     config, routers = chunks[0].config, [layer.router for layer in moe_layers_of(chunks)]
-    hooks = {name: getattr(config, name) for name in _SCHEDULE_HOOKS}
+    hooks = {name: getattr(config, name) for name in SCHEDULE_HOOKS}
     modes = [(router.training, router.usage_mode) for router in routers]
     random = rng_state()
     with parameters_gathered(chunks):
@@ -138,7 +139,7 @@ def _measuring(chunks: Sequence[DistributedDataParallel]) -> Iterator[_Passes]:
         for router in routers:
             router.eval()
             router.usage_mode = "off"
-        for name in _SCHEDULE_HOOKS:
+        for name in SCHEDULE_HOOKS:
             setattr(config, name, None)
         try:
             yield _Passes(chunks, random=random)
@@ -148,11 +149,12 @@ def _measuring(chunks: Sequence[DistributedDataParallel]) -> Iterator[_Passes]:
             for router, (training, usage_mode) in zip(routers, modes, strict=True):
                 router.train(training)
                 router.usage_mode = usage_mode
-            _forget_gradients(chunks)
+            forget_gradients(chunks)
             set_rng_state(random)
 
 
-def _forget_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
+def forget_gradients(chunks: Sequence[DistributedDataParallel]) -> None:
+    """Zero all gradients, wherever Megatron and the optimizer keep them."""
     for chunk in chunks:
         chunk.zero_grad_buffer()
         for parameter in chunk.parameters():
