@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from benchmarks import table
-from benchmarks.bench_convert import TARGETS
 from benchmarks.bench_router import cases
 from symbiotic.analysis.results import read_results
 from tests.support.repository import ROOT
@@ -31,12 +30,6 @@ def test_the_router_results_have_every_promised_row():
     targets = {row.metric: row.target for row in rows if row.target is not None}
     assert targets == {f"router.step_ratio_to_stock.{case.name}": 1.03 for case in cases(smoke=False)}
     assert facts["command"] == "make bench-router" and facts["machine"] and facts["date"]
-
-
-def test_the_convert_results_have_every_promised_row():
-    rows, facts = read_results(table.RESULTS / "convert.json")
-    assert {row.metric for row in rows if row.target is not None} == {target.metric for target in TARGETS}
-    assert facts["command"] == "make bench-convert" and facts["machine"] and facts["date"]
 
 
 def test_every_benchmark_has_a_make_target():

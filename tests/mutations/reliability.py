@@ -167,4 +167,28 @@ RELIABILITY = [
         test="tests/training/test_non_finite.py::test_a_series_ends_the_run_and_leaves_the_last_good_checkpoint[false]",
         why="retention deleted the last good checkpoint",
     ),
+    Mutation(
+        name="a-living-holder-is-pushed-out",
+        file="symbiotic/training/run_lock.py",
+        old=" and holder.machine == _machine())",
+        new=")",
+        test="tests/training/test_run_lock.py::test_a_holder_on_another_host_that_shows_life_is_respected[False]",
+        why="two jobs on different hosts wrote into one run folder",
+    ),
+    Mutation(
+        name="a-refused-job-removes-the-verdict",
+        file="symbiotic/training/run.py",
+        old="        if lock.held:\n            clear_verdict(folder)",
+        new="        if place.rank == 0:\n            clear_verdict(folder)",
+        test="tests/training/test_run_lock.py::test_a_second_job_is_refused_on_all_its_ranks_and_changes_nothing",
+        why="a launcher took the refused job's end for that of the running one",
+    ),
+    Mutation(
+        name="random-numbers-of-layers-start-anew",
+        file="symbiotic/training/state.py",
+        old='    tensor_parallel.get_cuda_rng_tracker().set_states(dict(state["tracker"]))',
+        new="    pass",
+        test="tests/training/test_exactness.py::test_a_run_stopped_after_every_step_is_the_run_that_never_stopped",
+        why="dropout went on from other random numbers after a resume",
+    ),
 ]

@@ -265,6 +265,8 @@ END
 FAILED = VERDICT.format(verdict="failed", resumable="false")
 LOST_PEER = VERDICT.format(verdict="failed", resumable="true")
 FINISHED = VERDICT.format(verdict="finished", resumable="false")
+HELD = """echo '{"host": "elsewhere", "pid": 1, "job": "99999", "beat": 3}' >"$RUN/holder.json"
+"""
 
 
 def once(first: str) -> str:
@@ -292,6 +294,7 @@ def test_what_becomes_of_a_job(cluster, workspace):
         "mistake": (FAILED + "exit 1", "FAILED", "restart 0: not requeued: the run failed"),
         "peer": (once(LOST_PEER + "exit 1"), "COMPLETED", "restart 1: finished"),
         "died": (once("kill -9 $$"), "COMPLETED", "restart 1: finished"),
+        "held": (HELD + "exit 1", "FAILED", "not requeued: job 99999 works in"),
         "idle": ("kill -9 $$", "FAILED", "2 launches in a row have saved no checkpoint"),
     }
     jobs = {
