@@ -8,11 +8,11 @@ laid out for it. Its special tokens keep their ids; documents begin and end with
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from symbiotic.command_line import resolution
 from symbiotic.data.codecs import load_codec
 from symbiotic.data.formats import FORMATS
 from symbiotic.data.readers import read_documents
@@ -62,18 +62,6 @@ def texts_of(paths: Sequence[Path], *, format: str) -> Iterator[str]:
                 yield segment.text
 
 
-def parse_resolution(text: str) -> tuple[int, int]:
-    """(rows, columns) of a word such as ``16x24``.
-
-    Raises:
-        DataError: the word has another form.
-    """
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise DataError(f"--resolution {text!r} is no size; write rows and columns of codes such as 16x24")
-    return int(match[1]), int(match[2])
-
-
 def train_tokenizer(arguments: argparse.Namespace) -> Tokenizer:
     """The tokenizer trained on the input.
 
@@ -115,7 +103,7 @@ def main() -> None:
     arguments = parse_arguments()
     if (arguments.size is None) != (arguments.input is None):
         raise DataError("--size goes with --input, the text to train on; give both, or --tokenizer-json alone")
-    resolutions = [parse_resolution(text) for text in arguments.resolution]
+    resolutions = [resolution(text) for text in arguments.resolution]
     codebook_size = load_codec(arguments.codec).codebook_size if arguments.codec else arguments.codebook_size or 0
     if (codebook_size > 0) != bool(resolutions):
         raise DataError(
