@@ -14,7 +14,13 @@ from collections.abc import Callable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave us; its message is the whole explanation."""
+    """A mistake in what the user gave us; its message is the whole explanation.
+
+    Attributes:
+        resumable: whether the same launch may go well another time, as after a node or a file system has failed.
+    """
+
+    resumable = False
 
 
 class ConfigError(UserError):
@@ -43,6 +49,12 @@ class LaunchError(UserError):
 
 class TrainingError(UserError):
     """A run whose numbers are no longer finite: going on would train nothing."""
+
+
+class MeetingError(LaunchError):
+    """The processes of a job could not meet: a node may have been slow, or lost."""
+
+    resumable = True
 
 
 class RankLostError(RuntimeError):

@@ -1,6 +1,7 @@
 """Writing files so that a reader sees the old content or the new one, never half of it."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -52,6 +53,12 @@ def disk_error(error: BaseException) -> OSError | None:
     return cause
 
 
+def may_pass(error: OSError) -> bool:
+    """Whether an error of the file system may be over at the next try: no full disk, and no missing permission."""
+    lasting = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
+    return error.errno not in lasting
+
+
 @contextlib.contextmanager
 def reporting_unwritable(path: Path | str) -> Iterator[None]:
     """Turn an error of the file system, such as a full disk, into a LaunchError that names ``path``."""
@@ -61,9 +68,11 @@ def reporting_unwritable(path: Path | str) -> Iterator[None]:
         cause = disk_error(error)
         if cause is None:
             raise
-        raise LaunchError(
+        failure = LaunchError(
             f"{path} can't be written ({cause.strerror}); make room or make it writable, and start again"
-        ) from error
+        )
+        failure.resumable = may_pass(cause)
+        raise failure from error
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -1,10 +1,10 @@
 """Show a configuration, compare two, or generate docs/configuration.md and docs/megatron_flags.md.
 
-    python tools/config.py show FILE [section.key=value ...]
+    python tools/config.py show [--check-files] FILE [section.key=value ...]
     python tools/config.py diff FILE OTHER
     python tools/config.py docs [--check]
 
-None of them looks for the files that a configuration names, or needs a GPU.
+Only ``--check-files`` looks for the files that a configuration names; none of them needs a GPU.
 """
 
 import argparse
@@ -27,6 +27,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     show = commands.add_parser("show", help="print the resolved configuration")
+    show.add_argument("--check-files", action="store_true", help="refuse it where a file that it names is missing")
     show.add_argument("file", type=Path, help="the configuration")
     show.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings that win over the file")
     diff = commands.add_parser("diff", help="print the settings in which two configurations differ")
@@ -66,7 +67,7 @@ def main() -> None:
     """Run the command."""
     arguments = parse_arguments()
     if arguments.command == "show":
-        config = load_config(arguments.file, arguments.overrides, check_files=False)
+        config = load_config(arguments.file, arguments.overrides, check_files=arguments.check_files)
         print(dump_yaml(config.to_dict()), end="")
     elif arguments.command == "diff":
         print_differences(arguments.file, arguments.other)

@@ -30,7 +30,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from symbiotic.distributed.place import Place
-from symbiotic.errors import LaunchError
+from symbiotic.errors import MeetingError
 
 SILENCE = 0.75
 """Share of the timeout after which a rank without a heartbeat is gone: before NCCL ends the processes by itself."""
@@ -48,7 +48,7 @@ def meet(place: Place, *, timeout: timedelta) -> dist.Store:
     """Connect to the rendezvous store, and wait until every rank has done so.
 
     Raises:
-        LaunchError: the address can't be reached, or ranks are missing after ``timeout``, with their numbers.
+        MeetingError: the address can't be reached, or ranks are missing after ``timeout``, with their numbers.
     """
     try:
         store = _connect(place, serve=_holds_store(place), timeout=timeout)
@@ -56,14 +56,14 @@ def meet(place: Place, *, timeout: timedelta) -> dist.Store:
     except (RuntimeError, ValueError, OSError) as error:
         raise could_not_meet(place, error) from error
     if missing:
-        raise LaunchError(missing)
+        raise MeetingError(missing)
     return store
 
 
-def could_not_meet(place: Place, error: Exception) -> LaunchError:
+def could_not_meet(place: Place, error: Exception) -> MeetingError:
     """The sentence for a rendezvous that failed."""
     reason = str(error).strip().splitlines()[0]
-    return LaunchError(
+    return MeetingError(
         f"rank {place.rank} of {place.world_size} could not meet the others at {place.address}:{place.port} "
         f"({reason}); check MASTER_ADDR, MASTER_PORT and that every node can reach them"
     )
@@ -176,7 +176,8 @@ class PeerWatch:
             silent = time.monotonic() - self._contact
             if silent > self._silence and not self._rank_zero_left():
                 self._store_lost = True
-                self._on_lost(cause := self._store_is_gone(f"no answer for {silent:.0f} seconds"))
+                cause = self._store_is_gone(f"no answer for {silent:.0f} seconds")
+                self._report(cause)
                 self._conclude(cause)
                 return
 
@@ -225,8 +226,14 @@ class PeerWatch:
         """Tell what was found here; returns the cause that was told first."""
         first = self._agree_on(cause)
         if first == cause:
-            self._on_lost(cause)
+            self._report(cause)
         return first
+
+    def _report(self, cause: str) -> None:
+        """Say it, but don't wait long: a file system or a terminal that hangs must not keep this process alive."""
+        reporter = threading.Thread(target=self._on_lost, args=(cause,), name="lost-ranks", daemon=True)
+        reporter.start()
+        reporter.join(GRACE_SECONDS)
 
     def _agree_on(self, cause: str) -> str:
         """Put the cause into the store, unless one is there; returns that which is there then."""

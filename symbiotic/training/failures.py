@@ -54,7 +54,7 @@ class FailureReport:
             self.watch.tell(reason)
         if not self._lock.held:
             return error
-        if self._write(reason, resumable=not isinstance(error, UserError)):
+        if self._write(reason, resumable=getattr(error, "resumable", True)):
             set_told(error, elsewhere=False)
             return error
         if isinstance(error, UserError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from symbiotic.training.step import TrainStep
 
 if TYPE_CHECKING:
     from symbiotic.training.checkpoint.manager import CheckpointManager
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -133,10 +136,12 @@ class Trainer:
         self._origin = [{"event": "load", "step": 0, "path": str(folder)}]
 
     def close(self) -> None:
-        """Let the callbacks release files and signals, and the data end its workers."""
-        for callback in reversed(self.callbacks):
-            callback.close()
-        self.data.close()
+        """Let the callbacks release files and signals, and the data end its workers; one that fails stops no other."""
+        for close in (*(callback.close for callback in reversed(self.callbacks)), self.data.close):
+            try:
+                close()
+            except Exception:  # whatever it is, the run's end is decided and the rest has to be released
+                log.exception("something could not be closed")
 
     def _call(self, hook: str, *arguments: Any) -> None:
         for callback in self.callbacks:

@@ -52,6 +52,12 @@ def test_show_prints_what_load_reads_back(tmp_path):
     assert "blocks: 5\n" in run.stdout
 
 
+def test_show_looks_for_files_where_it_is_asked_to(tmp_path):
+    run = run_tool("show", "--check-files", write(tmp_path / "a.yaml"))
+    assert run.returncode == 1
+    assert "model.vocabulary" in run.stderr and "is not there" in run.stderr
+
+
 def test_a_mistake_is_one_line_and_exit_code_1(tmp_path):
     run = run_tool("show", write(tmp_path / "a.yaml"), "model.block=5")
     assert run.returncode == 1

@@ -98,4 +98,4 @@ def test_nobody_at_the_rendezvous():
     ended = subprocess.run(
         [sys.executable, "-c", start], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
     )
-    assert "LaunchError: rank 1 of 2 could not meet the others at 127.0.0.1:1 (" in ended.stderr
+    assert "MeetingError: rank 1 of 2 could not meet the others at 127.0.0.1:1 (" in ended.stderr

@@ -265,7 +265,8 @@ END
 FAILED = VERDICT.format(verdict="failed", resumable="false")
 LOST_PEER = VERDICT.format(verdict="failed", resumable="true")
 FINISHED = VERDICT.format(verdict="finished", resumable="false")
-HELD = """echo '{"host": "elsewhere", "pid": 1, "job": "99999", "beat": 3}' >"$RUN/holder.json"
+HELD = """echo '{{"host": "elsewhere", "pid": 1, "job": "{job}", "beat": 3}}' >"$RUN/holder.json"
+exit 1
 """
 
 
@@ -290,11 +291,14 @@ def with_stand_in(cluster: Cluster, workspace: Path, name: str, script: str, *op
 
 def test_what_becomes_of_a_job(cluster, workspace):
     """By exit.json: requeued or not. Stand-ins for the training; all jobs wait side by side."""
+    # A job that is in the queue, and none that is there no more, keeps its run folder.
+    other = cluster.run("sbatch", "--hold", "--parsable", "--wrap", "true").strip()
     scripts = {
         "mistake": (FAILED + "exit 1", "FAILED", "restart 0: not requeued: the run failed"),
         "peer": (once(LOST_PEER + "exit 1"), "COMPLETED", "restart 1: finished"),
         "died": (once("kill -9 $$"), "COMPLETED", "restart 1: finished"),
-        "held": (HELD + "exit 1", "FAILED", "not requeued: job 99999 works in"),
+        "held": (HELD.format(job=other), "FAILED", f"not requeued: job {other} works in"),
+        "left": (once(HELD.format(job=99999)), "COMPLETED", "restart 1: finished"),
         "idle": ("kill -9 $$", "FAILED", "2 launches in a row have saved no checkpoint"),
     }
     jobs = {
@@ -307,6 +311,7 @@ def test_what_becomes_of_a_job(cluster, workspace):
     for name, (_, state, line) in scripts.items():
         cluster.wait_for_job(jobs[name], state=state)
         assert line in cluster.output(jobs[name]), cluster.output(jobs[name])
+    cluster.run("scancel", other)
 
 
 def test_a_cancelled_job_saves_and_stays_out_of_the_queue(cluster, workspace):

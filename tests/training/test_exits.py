@@ -1,11 +1,16 @@
 import errno
 import json
 import os
+import pickle
 import threading
 
 import pytest
 
+from symbiotic.errors import CheckpointError, LaunchError, MeetingError
+from symbiotic.training.checkpoint.manifest import reporting_disk_errors
 from symbiotic.training.exits import EXIT_FILE, Verdict, clear_verdict, read_verdict
+from symbiotic.training.failures import FailureReport
+from symbiotic.training.run_lock import RunLock
 
 
 @pytest.mark.parametrize(
@@ -63,3 +68,20 @@ def test_a_finished_run_stays_finished_and_the_next_launch_starts_without_a_verd
     (tmp_path / f".{EXIT_FILE}.0123").touch()
     clear_verdict(tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("number", "resumable"), [(errno.EIO, True), (errno.ESTALE, True), (errno.ENOSPC, False)])
+def test_a_file_system_that_failed_for_a_moment_is_worth_another_launch(tmp_path, number, resumable):
+    """It travels to the other ranks with the error; a full disk would be met again."""
+    with pytest.raises(CheckpointError) as failed, reporting_disk_errors(tmp_path):
+        raise OSError(number, os.strerror(number))
+    lock = RunLock(tmp_path)
+    lock.take()
+    report = FailureReport(tmp_path, lock=lock, rank=0)
+    report.explain(pickle.loads(pickle.dumps(failed.value)))
+    lock.release()
+    assert read_verdict(tmp_path).resumable is resumable
+
+
+def test_processes_that_could_not_meet_are_worth_another_launch():
+    assert MeetingError("rank 3 did not come").resumable and not LaunchError("RANK is not a number").resumable

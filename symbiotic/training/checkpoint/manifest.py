@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from symbiotic.errors import CheckpointError
-from symbiotic.files import disk_error, fsync_folder, sha256_of, write_json, write_text
+from symbiotic.files import disk_error, fsync_folder, may_pass, sha256_of, write_json, write_text
 from symbiotic.strict_json import brief, misfit, parse_json
 
 MANIFEST_FILE = "manifest.json"
@@ -116,10 +116,12 @@ def reporting_disk_errors(folder: Path) -> Iterator[None]:
         cause = disk_error(error)
         if cause is None:
             raise
-        raise CheckpointError(
+        failure = CheckpointError(
             f"writing the checkpoint {folder} failed: {cause.strerror}; earlier checkpoints are untouched, so make "
             "room or repair the disk and resume"
-        ) from error
+        )
+        failure.resumable = may_pass(cause)
+        raise failure from error
 
 
 def is_complete(folder: Path) -> bool:
