@@ -77,12 +77,7 @@ def write_run(workspace: Path, name: str) -> Path:
 def reference(workspace) -> Path:
     """The run that nothing interrupted, without Slurm."""
     file = write_run(workspace, "reference")
-    at = os.getcwd()
-    os.chdir(workspace)
-    try:
-        run_ranks("tests.training.cases:train_run", world_size=2, layout=None, file=str(file))
-    finally:
-        os.chdir(at)
+    run_ranks("tests.slurm.cases:train_run_in", world_size=2, layout=None, folder=workspace, file=str(file))
     return workspace / "reference"
 
 
