@@ -9,6 +9,7 @@ from the folder, whose arguments are a pickle, but from a configuration that the
 from __future__ import annotations
 
 import re
+import threading
 from pathlib import Path
 
 from torch import Tensor
@@ -51,7 +52,8 @@ class MegatronFolder:
         self._keys = set(self.weights.keys())
         self._stacked = "decoder.layers.self_attention.linear_qkv.weight" in self._keys
         self._gpt = GPT_FINAL_NORM in self._keys
-        self._last: tuple[tuple[str, int], Tensor] | None = None
+        self._last: dict[str, tuple[int, Tensor]] = {}
+        self._lock = threading.Lock()
 
     def place(self, key: str) -> tuple[str, int | None]:
         """Where one of our keys is: the folder's own key, and the index of the layer where all are stacked.
@@ -111,8 +113,9 @@ class MegatronFolder:
             if start is None:
                 return self.weights.read(key)
             return self.weights.read(key, start=start, stop=start + 1)[0]
-        last = self._last  # several threads may read
-        if last is None or last[0] != (key, layer):
-            self._last = None  # before the next block's experts are in memory
-            self._last = last = (key, layer), self.weights.read(key, start=layer, stop=layer + 1)[0]
+        with self._lock:  # several threads may read
+            last = self._last.get(key)
+            if last is None or last[0] != layer:
+                self._last.pop(key, None)  # before the next block's experts are in memory
+                last = self._last[key] = layer, self.weights.read(key, start=layer, stop=layer + 1)[0]
         return last[1][row.expert]
