@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 
 from symbiotic.config import load_config
+from symbiotic.training import stop_signals
 from symbiotic.training.build import build_trainer
 from symbiotic.training.callbacks.base import Callback
 from symbiotic.training.exits import Verdict
@@ -47,6 +49,14 @@ class Watch(Callback):
 
     def after_step(self, trainer, result):
         self._look(trainer, result)
+
+
+def signal_self(trainer: Trainer, number: int) -> None:
+    """Send this process a stop signal, and wait until the Trainer knows: a thread of its own reads it."""
+    os.kill(os.getpid(), number)
+    signals = stop_signals._active
+    while signals.received is None or (signals._tell is not None and trainer._stop_reason is None):
+        time.sleep(0.001)
 
 
 def parameters(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -160,7 +170,7 @@ def train_until_signal(
 
         def send(trainer, result):
             if trainer.state.step == step and torch.distributed.get_rank() == on_rank:
-                os.kill(os.getpid(), number)
+                signal_self(trainer, number)
 
         trainer.callbacks.append(Watch(send))
         return trainer

@@ -17,7 +17,7 @@ from symbiotic.training.build import build_trainer
 from symbiotic.training.checkpoint.sharded import ShardedSave
 from symbiotic.training.checkpoint.weights import open_weights
 from symbiotic.training.exits import Verdict
-from tests.training.cases import Watch, train_run, trainer_of
+from tests.training.cases import Watch, signal_self, train_run, trainer_of
 from tests.training.storage_cases import held_writes
 
 
@@ -34,7 +34,7 @@ def train_holding_writes(
 
     def build(config: Any) -> Any:
         trainer = build_trainer(config)
-        stop = Watch(lambda trainer, _: trainer.state.step == signal_after and os.kill(os.getpid(), number))
+        stop = Watch(lambda trainer, _: trainer.state.step == signal_after and signal_self(trainer, number))
         trainer.callbacks.append(stop)
         return trainer
 

@@ -18,7 +18,7 @@ from symbiotic.training.build import build_trainer
 from symbiotic.training.callbacks import time_limit
 from symbiotic.training.callbacks.base import Callback
 from symbiotic.training.exits import Verdict
-from tests.training.cases import Watch, read_log
+from tests.training.cases import Watch, read_log, signal_self
 
 
 def my_rank() -> int:
@@ -63,25 +63,25 @@ def signalled(
     if slurm_port is not None:
         become_slurm_task(slurm_port)
 
-    def send() -> None:
+    def send(trainer) -> None:
         if my_rank() == on_rank:
-            os.kill(os.getpid(), number)
+            signal_self(trainer, number)
 
     class AtEvaluation(Callback):
         def on_event(self, trainer, event):
             if event["event"] == "evaluation" and trainer.state.step == 4:
-                send()
+                send(trainer)
 
     def change(trainer):
         if when == "start":
-            send()
+            send(trainer)
         elif when == "evaluation":
             trainer.callbacks.insert(0, AtEvaluation())
         else:
             save = trainer.save_checkpoint
 
             def send_and_save(**options):
-                send()
+                send(trainer)
                 save(**options)
 
             trainer.save_checkpoint = send_and_save
