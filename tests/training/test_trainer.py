@@ -1,4 +1,4 @@
-"""Whole runs: exact resume, equal layouts, stops and refusals."""
+"""Whole runs: exact resume, equal evaluation in other layouts, stops and refusals."""
 
 import json
 import os
@@ -50,19 +50,6 @@ def test_stop_and_resume_is_bit_for_bit_the_run_that_never_stopped(corpus, tmp_p
     assert [event["step"] for event in parts if event["event"] == "resume"] == [2, 5]
 
 
-@pytest.mark.parametrize("distributed", ["false", "true"])
-def test_a_resume_in_another_layout_goes_on_alike(corpus, tmp_path, distributed):
-    """Weights and optimizer of one process go on under expert parallelism, on the same samples."""
-    optimizer = f"DistributedDataParallelConfig.use_distributed_optimizer={distributed}"
-    _, whole = train(tiny_file(corpus, tmp_path / "whole"), optimizer)
-    file = tiny_file(corpus, tmp_path / "parts")
-    train(file, optimizer, "training.exit_after_steps=4")
-    _, parts = train(file, optimizer, "TransformerConfig.expert_model_parallel_size=2", world_size=2)
-    for step, event in steps(whole).items():
-        assert steps(parts)[step]["loss"] == pytest.approx(event["loss"], rel=1e-5)
-        assert steps(parts)[step]["grad_norm"] == pytest.approx(event["grad_norm"], rel=1e-4)
-
-
 def test_steps_after_the_last_checkpoint_are_done_again_alike(corpus, tmp_path):
     """As after a kill: the newest checkpoint lies before the last logged step."""
     file = tiny_file(corpus, tmp_path / "run")
@@ -85,28 +72,19 @@ INTERLEAVED = [
 
 @pytest.mark.parametrize(
     ("layout", "blocks"),
-    [
-        (["expert_model_parallel_size=2"], 2),
-        (["pipeline_model_parallel_size=2"], 2),
-        (INTERLEAVED, 4),
-        (["tensor_model_parallel_size=2", "sequence_parallel=true"], 2),
-    ],
-    ids=["expert 2", "pipeline 2", "interleaved pipeline 2x2", "tensor 2"],
+    [(["expert_model_parallel_size=2"], 2), (INTERLEAVED, 4)],
+    ids=["expert 2", "interleaved pipeline 2x2"],
 )
-def test_two_processes_train_like_one(corpus, tmp_path, layout, blocks):
-    """From one checkpoint, with the same microbatches: loss by class and gradient norm of 5 steps."""
+def test_two_processes_evaluate_like_one(corpus, tmp_path, layout, blocks):
+    """From weights alone, with a fresh optimizer; test_layouts.py compares training."""
     origin = tiny_file(corpus, tmp_path / "origin")
     train(origin, "training.steps=2", f"model.blocks={blocks}")
     load = [f"checkpoint.load={tmp_path / 'origin'}", "training.steps=5", f"model.blocks={blocks}"]
     _, alone = train(tiny_file(corpus, tmp_path / "alone"), *load)
     settings = [f"TransformerConfig.{setting}" for setting in layout]
     _, both = train(tiny_file(corpus, tmp_path / "both"), *load, *settings, world_size=2)
-    assert sorted(steps(both)) == [1, 2, 3, 4, 5]
     for step, event in steps(alone).items():
-        other = steps(both)[step]
-        assert other["loss"] == pytest.approx(event["loss"], rel=1e-5)
-        assert other["grad_norm"] == pytest.approx(event["grad_norm"], rel=1e-4)
-        assert other["balance"] == pytest.approx(event["balance"], rel=1e-4)
+        assert steps(both)[step]["loss"] == pytest.approx(event["loss"], rel=1e-5)
     last = [[event["loss"] for event in log if event["event"] == "evaluation"][-1] for log in (alone, both)]
     for source, losses in last[0].items():
         assert last[1][source] == pytest.approx(losses, rel=1e-5)

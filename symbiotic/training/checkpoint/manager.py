@@ -1,6 +1,6 @@
 """What a training run puts into its checkpoints and takes out of them.
 
-A training checkpoint holds model, optimizer (Megatron's ``fully_reshardable`` format), each rank's random state,
+A training checkpoint holds model, optimizer (see :mod:`optimizer_state`), each rank's random state,
 and as common state the counters, the callbacks' state and the run's *identity*: stages, rates, data order and
 layout. A resume compares the identity and goes on bit for bit, or says what differs: see :mod:`identity`. ``load``
 takes the weights only, for step 0 of a new run with a fresh optimizer.
