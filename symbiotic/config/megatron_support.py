@@ -170,6 +170,7 @@ CONDITIONS = (
     ("moe_router_load_balancing_type", "`aux_loss`, `seq_aux_loss`, `global_aux_loss`, `none` or a list of them, each "
      "taken inside the groups; `sinkhorn` and `quantile_balancing` assume one pool and are refused"),
     ("moe_router_enable_expert_bias", "with `moe_router_score_function: sigmoid` only, as in megatron-core"),
+    ("qk_layernorm", "each head of queries and keys, or with `model.qk_norm: all_heads` all heads of a token together"),
     ("moe_router_topk", "the same for all groups, and no larger than the smallest of them"),
     ("gradient_accumulation_fusion", "refused where `shield.targets` has a target of mode `weights` and with "
      "`diagnostics.gradients`, until a test on a GPU shows that they reach fused weight gradients"),

@@ -72,6 +72,10 @@ class ModelConfig:
     tie_embeddings: bool = setting(False, "One tensor for embedding and output layer; its role is then embedding.")
     rotary_base: int = setting(10_000, "Base of the rotary position embedding.", minimum=1)
     rotary_percent: float = setting(1.0, "Share of each head that is rotated.", minimum=0.0, maximum=1.0)
+    qk_norm: Literal["per_head", "all_heads"] = setting(
+        "per_head", "What TransformerConfig.qk_layernorm normalises: each head of the queries and of the keys, or all "
+        "heads of a token together, as OLMoE does.",
+    )  # fmt: skip
     backend: Literal["auto", "torch", "transformer_engine"] = setting(
         "auto", "Layer kernels; auto takes Transformer Engine on a GPU where it is installed, else torch."
     )

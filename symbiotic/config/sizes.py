@@ -75,7 +75,9 @@ def attention_parts(config: Config) -> list[Part]:
     projections = hidden * query_key_value + heads * head * hidden
     if value_of(config, "add_qkv_bias"):
         projections += query_key_value
-    norms = _norm(config, hidden) + (2 * _norm(config, head) if value_of(config, "qk_layernorm") else 0)
+    norms = _norm(config, hidden)
+    if value_of(config, "qk_layernorm"):
+        norms += (heads + groups) * head if config.model.qk_norm == "all_heads" else 2 * _norm(config, head)
     return [
         *_with_owners(config, Part(role="attention", parameters=projections)),
         *_with_owners(config, Part(role="norm", parameters=norms, split="whole")),

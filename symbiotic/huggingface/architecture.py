@@ -73,6 +73,7 @@ def huggingface_config(
         attention_bias=value_of(config, "add_qkv_bias"),
         attention_scaling=transformer.get("softmax_scale"),
         use_qk_norm=value_of(config, "qk_layernorm"),
+        qk_norm=config.model.qk_norm,
         dense_layers=list(pattern.dense_blocks),
         num_experts=config.num_experts,
         num_experts_per_tok=value_of(config, "moe_router_topk"),
@@ -152,6 +153,7 @@ def training_tree(model: SymbioticConfig, *, vocabulary: Path | str, sequence_le
             "tie_embeddings": model.tie_word_embeddings,
             "rotary_base": int(model.rope_parameters["rope_theta"]),
             "rotary_percent": model.rope_parameters.get("partial_rotary_factor", 1.0),
+            "qk_norm": model.qk_norm,
         },
         "groups": {group: {"experts": count} for group, count in counts.items()},
         "routers": {

@@ -54,6 +54,7 @@ QWEN2_MOE = Home(
     "qwen2_moe", "Qwen2MoeForCausalLM", shared_expert="shared_expert", shared_gate="shared_expert_gate.weight"
 )
 QWEN3_MOE = Home("qwen3_moe", "Qwen3MoeForCausalLM")
+OLMOE = Home("olmoe", "OlmoeForCausalLM")
 MIXTRAL = Home("mixtral", "MixtralForCausalLM", mixture="block_sparse_moe", expert=("w1", "w3", "w2"))
 GLM4_MOE = Home(
     "glm4_moe", "Glm4MoeForCausalLM", shared_expert="shared_experts", router_bias="gate.e_score_correction_bias"
@@ -71,6 +72,7 @@ QWEN2 = Home("qwen2", "Qwen2ForCausalLM")
 QWEN3 = Home("qwen3", "Qwen3ForCausalLM")
 
 STOCK_HOMES = {
-    home.model_type: home for home in (QWEN2_MOE, QWEN3_MOE, MIXTRAL, GLM4_MOE, ERNIE4_5_MOE, LLAMA, QWEN2, QWEN3)
+    home.model_type: home
+    for home in (QWEN2_MOE, QWEN3_MOE, OLMOE, MIXTRAL, GLM4_MOE, ERNIE4_5_MOE, LLAMA, QWEN2, QWEN3)
 }
 """Architectures that transformers has itself, by model type."""

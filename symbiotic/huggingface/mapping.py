@@ -229,13 +229,14 @@ def _attention_rows(config: SymbioticConfig, block: int, *, interleaved: bool) -
         biases = tuple(f"{name}.bias" for name in names)
         rows.append(Row(f"{attention}linear_qkv.bias", biases, layout(trailing=())))
     if config.use_qk_norm:
+        normed = {"q": heads, "k": config.num_key_value_heads} if config.qk_norm == "all_heads" else {"q": 1, "k": 1}
         rows += [
             Row(
                 f"{attention}{part}_layernorm.weight",
                 (f"{target}self_attn.{part}_norm.weight",),
-                same(head_dim),
+                same(together * head_dim),
             )
-            for part in "qk"
+            for part, together in normed.items()
         ]
     projection = same(config.hidden_size, heads * head_dim)
     rows.append(Row(f"{attention}linear_proj.weight", (f"{target}self_attn.o_proj.weight",), projection))

@@ -8,6 +8,7 @@ reasons where there is none: a norm, bias or score that one side doesn't have is
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from symbiotic.huggingface.homes import (
     ERNIE4_5_MOE,
     GLM4_MOE,
     MIXTRAL,
+    OLMOE,
     QWEN2_MOE,
     QWEN3_MOE,
     STOCK_HOMES,
@@ -28,17 +30,21 @@ from symbiotic.huggingface.homes import (
 )
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
 
+log = logging.getLogger(__name__)
+
 ACTIVATIONS = ("silu", "gelu", "relu")
 """Activation functions that mean the same in transformers and in TransformerConfig.activation_func."""
 
 REFUSED_TYPES = {
-    "olmoe": "its norms of queries and keys run over all heads at once, ours over each head",
     "olmo2": "its norms stand behind attention and MLP, ours before them",
     "hunyuan_v1_moe": "its norms of queries and keys stand behind the rotary embedding, ours before it",
     "deepseek_v2": "its attention is multi-head latent attention",
     "deepseek_v3": "its attention is multi-head latent attention",
 }
 """Model types that people ask for, and what our layers don't have."""
+
+OF_TRAINING = ("attention_dropout", "router_aux_loss_coef", "router_jitter_noise")
+"""Settings that change training only; ours stand in the training configuration."""
 
 
 def model_type_of(folder: Path | str) -> str:
@@ -77,6 +83,9 @@ def read_stock(folder: Path | str) -> tuple[Home, SymbioticConfig]:
     settings = _READERS[model_type](config, reasons)
     if reasons:
         raise CheckpointError(f"{folder}: this {model_type} model can't be imported: {'; '.join(reasons)}")
+    left = [f"{name} = {value}" for name in OF_TRAINING if (value := getattr(config, name, None))]
+    if left:
+        log.info("%s: what belongs to training is not taken over (%s)", folder, ", ".join(left))
     return STOCK_HOMES[model_type], SymbioticConfig(**_common_settings(config), **settings)
 
 
@@ -87,12 +96,15 @@ def _rotary(config: PreTrainedConfig) -> dict[str, Any]:
 def _common_obstacles(config: PreTrainedConfig) -> list[str]:
     """What any of the homes may have and our model hasn't."""
     rotary = _rotary(config)
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = kinds != {"full_attention"} or (config.model_type == "mixtral" and config.sliding_window)
+    kinds = set(getattr(config, "layer_types", None) or [])
+    # Without kinds of layers a window is that of all layers.
+    windowed = kinds - {"full_attention"} if kinds else getattr(config, "sliding_window", None)
+    rotated = 1.0 if config.model_type == "glm4_moe" else rotary.get("partial_rotary_factor", 1.0)
     obstacles = {
         f"rope_type {rotary.get('rope_type')!r} (ours is 'default')": rotary.get("rope_type") != "default",
         f"rope_theta {rotary.get('rope_theta')} is no whole number": float(rotary.get("rope_theta", 0.5)) % 1 != 0,
         f"hidden_act {config.hidden_act!r} (ours are {', '.join(ACTIVATIONS)})": config.hidden_act not in ACTIVATIONS,
+        f"partial_rotary_factor = {rotated} (transformers rotates whole heads of this type)": rotated != 1.0,
         "attention over a sliding window": windowed,
         "MLPs with biases (mlp_bias)": getattr(config, "mlp_bias", False),
         "all linear layers have biases (use_bias)": getattr(config, "use_bias", False),
@@ -131,9 +143,14 @@ def _qwen_moe(config: PreTrainedConfig, reasons: list[str]) -> dict[str, Any]:
     blocks = range(config.num_hidden_layers)
     sparse, listed = config.decoder_sparse_step, config.mlp_only_layers
     qwen2 = config.model_type == "qwen2_moe"
+    if sparse < 1:
+        reasons.append(f"decoder_sparse_step = {sparse} (at least 1)")
+        sparse = 1
     return {
         "intermediate_size": config.intermediate_size,
-        "dense_layers": [block for block in blocks if block in listed or (block + 1) % sparse],
+        "dense_layers": [
+            block for block in blocks if block in listed or (block + 1) % sparse or not config.num_experts
+        ],
         "num_experts": config.num_experts,
         "num_experts_per_tok": config.num_experts_per_tok,
         "moe_intermediate_size": config.moe_intermediate_size,
@@ -142,6 +159,22 @@ def _qwen_moe(config: PreTrainedConfig, reasons: list[str]) -> dict[str, Any]:
         "router_pre_softmax": not config.norm_topk_prob,
         "attention_bias": qwen2 and config.qkv_bias,
         "use_qk_norm": not qwen2,
+    }
+
+
+def _olmoe(config: PreTrainedConfig, reasons: list[str]) -> dict[str, Any]:
+    if config.clip_qkv is not None:
+        reasons.append(f"queries, keys and values are clipped (clip_qkv = {config.clip_qkv})")
+    head_dim, pre_softmax = getattr(config, "head_dim", None), not config.norm_topk_prob
+    if head_dim and head_dim * config.num_attention_heads != config.hidden_size:
+        reasons.append(f"head_dim = {head_dim}, but its norms take all heads to be as wide as hidden_size")
+    return {
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "moe_intermediate_size": config.intermediate_size,
+        "router_pre_softmax": pre_softmax,
+        "use_qk_norm": True,
+        "qk_norm": "all_heads",
     }
 
 
@@ -178,6 +211,12 @@ def _glm4_moe(config: PreTrainedConfig, reasons: list[str]) -> dict[str, Any]:
 
 def _ernie4_5_moe(config: PreTrainedConfig, reasons: list[str]) -> dict[str, Any]:
     first, last, interval = config.moe_layer_start_index, config.moe_layer_end_index, config.moe_layer_interval
+    if interval < 1:
+        reasons.append(f"moe_layer_interval = {interval} (at least 1)")
+        interval = 1
+    # The scores of moe_k chosen experts sum to moe_k / moe_num_experts at least.
+    if (config.moe_norm_min or 0.0) * config.moe_num_experts > config.moe_k:
+        reasons.append(f"moe_norm_min = {config.moe_norm_min} keeps the scores of chosen experts from summing to 1")
     mixtures = [block for block in range(first, last + 1) if not (block + 1) % interval]
     return {
         "intermediate_size": config.intermediate_size,
@@ -202,6 +241,7 @@ def _dense(config: PreTrainedConfig, reasons: list[str]) -> dict[str, Any]:
 _READERS: dict[str, Callable[[PreTrainedConfig, list[str]], dict[str, Any]]] = {
     "qwen2_moe": _qwen_moe,
     "qwen3_moe": _qwen_moe,
+    "olmoe": _olmoe,
     "mixtral": _mixtral,
     "glm4_moe": _glm4_moe,
     "ernie4_5_moe": _ernie4_5_moe,
@@ -213,38 +253,43 @@ _READERS: dict[str, Callable[[PreTrainedConfig, list[str]], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class _Needs:
-    """What a model must be like to live in a home; None means anything.
+    """What a model must be like to live in a home.
 
     Attributes:
         scores: score functions; ``softmax`` is that over the chosen experts, ``pre_softmax`` that over all.
         shared: kinds of shared expert: ``none``, ``gated``, ``ungated``.
-        qk_norm, attention_bias: whether attention has them.
+        qk_norm: what the norms of queries and keys run over: ``none``, ``per_head``, ``all_heads``.
+        attention_bias: whether attention has biases; None means either.
         dense_prefix: dense blocks may stand at the front only.
         any_dense: there may be dense blocks at all.
         shared_multiple: the shared expert's size is a multiple of an expert's.
+        heads_fill_hidden: all heads together are as wide as the hidden states.
         partial_rotary, scaling, router_bias: whether these are possible.
     """
 
     scores: tuple[str, ...]
     shared: tuple[str, ...]
-    qk_norm: bool | None = None
+    qk_norm: tuple[str, ...] = ("none",)
     attention_bias: bool | None = None
     any_dense: bool = True
     dense_prefix: bool = False
     shared_multiple: bool = False
+    heads_fill_hidden: bool = False
     partial_rotary: bool = False
     scaling: bool = False
     router_bias: bool = False
 
 
 _NEEDS = {
-    QWEN3_MOE: _Needs(("softmax", "pre_softmax"), ("none",), qk_norm=True, attention_bias=False),
-    QWEN2_MOE: _Needs(("softmax", "pre_softmax"), ("gated", "ungated"), qk_norm=False),
-    GLM4_MOE: _Needs(("sigmoid",), ("ungated",), dense_prefix=True, shared_multiple=True, partial_rotary=True,
-                     scaling=True, router_bias=True),
-    ERNIE4_5_MOE: _Needs(("softmax",), ("none", "ungated"), qk_norm=False, attention_bias=False, dense_prefix=True,
+    QWEN3_MOE: _Needs(("softmax", "pre_softmax"), ("none",), qk_norm=("per_head",), attention_bias=False),
+    QWEN2_MOE: _Needs(("softmax", "pre_softmax"), ("gated", "ungated")),
+    GLM4_MOE: _Needs(("sigmoid",), ("ungated",), qk_norm=("none", "per_head"), dense_prefix=True,
+                     shared_multiple=True, partial_rotary=True, scaling=True, router_bias=True),
+    ERNIE4_5_MOE: _Needs(("softmax",), ("none", "ungated"), attention_bias=False, dense_prefix=True,
                          shared_multiple=True),
-    MIXTRAL: _Needs(("softmax",), ("none",), qk_norm=False, attention_bias=False, any_dense=False),
+    OLMOE: _Needs(("softmax", "pre_softmax"), ("none",), qk_norm=("all_heads",), attention_bias=False,
+                  any_dense=False, heads_fill_hidden=True),
+    MIXTRAL: _Needs(("softmax",), ("none",), attention_bias=False, any_dense=False),
 }  # fmt: skip
 """Homes in the order in which they are tried."""
 
@@ -291,18 +336,21 @@ def _obstacles(model: SymbioticConfig, needs: _Needs, *, router: str) -> list[st
     """Why the model can't live in a home with these needs."""
     scores, shared, dense = _kind_of_scores(model), _kind_of_shared_expert(model), model.dense_layers
     size, expert_size = model.shared_expert_intermediate_size, model.moe_intermediate_size
+    qk_norm = model.qk_norm if model.use_qk_norm else "none"
+    heads = model.num_attention_heads * model.head_dim
     counts = {len(model.experts_of_router(block, router)) for block in range(model.num_hidden_layers)
               if block not in dense}  # fmt: skip
     obstacles = {
         f"router scores are {scores}": scores not in needs.scores,
         f"shared expert: {shared}": shared not in needs.shared,
-        f"norms of queries and keys: {'yes' if model.use_qk_norm else 'no'}": needs.qk_norm
-        not in (None, model.use_qk_norm),
+        f"norms of queries and keys: {qk_norm.replace('_', ' ')}": qk_norm not in needs.qk_norm,
         "attention has biases": model.attention_bias and needs.attention_bias is False,
         "dense blocks": bool(dense) and not needs.any_dense,
         "dense blocks that are not the first ones": needs.dense_prefix and sorted(dense) != list(range(len(dense))),
         f"the shared expert's size {size} is no multiple of an expert's {expert_size}": needs.shared_multiple
         and bool(size) and size % expert_size != 0,
+        f"all heads have {heads} channels, the hidden states {model.hidden_size}": needs.heads_fill_hidden
+        and heads != model.hidden_size,
         "heads are rotated in part": model.rope_parameters["partial_rotary_factor"] != 1.0 and not needs.partial_rotary,
         "routing weights are scaled": model.routed_scaling_factor not in (None, 1.0) and not needs.scaling,
         "the choice of experts has a bias": model.router_bias and not needs.router_bias,
@@ -367,6 +415,14 @@ def _special_settings(model: SymbioticConfig, *, num_experts: int) -> dict[Home,
     return {
         QWEN3_MOE: qwen | {"attention_bias": False},
         QWEN2_MOE: qwen | {"shared_expert_intermediate_size": shared_size, "qkv_bias": model.attention_bias},
+        OLMOE: {
+            "intermediate_size": expert_size,
+            "num_experts": num_experts,
+            "num_experts_per_tok": model.num_experts_per_tok,
+            "norm_topk_prob": normalised,
+            "attention_bias": False,
+            "clip_qkv": None,
+        },
         MIXTRAL: {
             "intermediate_size": expert_size,
             "num_local_experts": num_experts,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
+from typing import Literal
 
 import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -21,6 +22,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from symbiotic.model.all_heads_norm import AllHeadsNorm
 from symbiotic.model.attention import GroupedSelfAttention
 from symbiotic.model.backends.torch import TorchBackend
 from symbiotic.model.layers import AttentionLayer, DenseLayer, GroupedMoETransformerLayer
@@ -30,11 +32,24 @@ from symbiotic.model.output_layer import TwoPartOutputLayer
 from symbiotic.model.own_parts import OwnParts
 from symbiotic.model.plan import ModelPlan
 
+QueryKeyNorm = Literal["per_head", "all_heads"]
+"""What the norms of queries and keys run over, where ``qk_layernorm`` asks for them."""
 
-def stack_spec(config: TransformerConfig, backend: TorchBackend, plan: ModelPlan) -> ModuleSpec:
+
+def stack_spec(
+    config: TransformerConfig,
+    backend: TorchBackend,
+    plan: ModelPlan,
+    *,
+    qk_norm: QueryKeyNorm,
+    tp_group: torch.distributed.ProcessGroup,
+) -> ModuleSpec:
     """HybridModel's stack: attention, dense MLP and MoE layers, each with its own norm before it."""
     norm = backend.layer_norm(rms_norm=config.normalization == "RMSNorm")
-    qk_norm = backend.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
+    q_norm = k_norm = backend.layer_norm(for_qk=True) if config.qk_layernorm else IdentityOp
+    if qk_norm == "all_heads":
+        q_norm = partial(AllHeadsNorm, num_heads=config.num_attention_heads, tp_group=tp_group)
+        k_norm = partial(AllHeadsNorm, num_heads=config.num_query_groups, tp_group=tp_group)
     mlp = MLPSubmodules(
         linear_fc1=backend.column_parallel_linear(),
         linear_fc2=backend.row_parallel_linear(),
@@ -48,8 +63,8 @@ def stack_spec(config: TransformerConfig, backend: TorchBackend, plan: ModelPlan
             linear_qkv=backend.column_parallel_linear(),
             core_attention=backend.core_attention(),
             linear_proj=backend.row_parallel_linear(),
-            q_layernorm=qk_norm,
-            k_layernorm=qk_norm,
+            q_layernorm=q_norm,
+            k_layernorm=k_norm,
         ),
     )
     moe = partial(
@@ -103,6 +118,7 @@ def build_model(
     tie_embeddings: bool = False,
     rotary_base: int = 10_000,
     rotary_percent: float = 1.0,
+    qk_norm: QueryKeyNorm = "per_head",
     pre_process: bool = True,
     post_process: bool = True,
     vp_stage: int | None = None,
@@ -110,7 +126,7 @@ def build_model(
 ) -> SymbioticModel:
     """Build one pipeline chunk and give every parameter its role.
 
-    Args: see ``SymbioticModel``.
+    Args: ``qk_norm`` is what the norms of queries and keys run over, for the others see ``SymbioticModel``.
 
     Raises:
         AssertionError: a parameter would have no role, which is a defect of ours.
@@ -119,7 +135,7 @@ def build_model(
         pg_collection = ProcessGroupCollection.use_mpu_process_groups()
     model = SymbioticModel(
         config,
-        stack_spec=stack_spec(config, backend, plan),
+        stack_spec=stack_spec(config, backend, plan, qk_norm=qk_norm, tp_group=pg_collection.tp),
         plan=plan,
         layer_pattern=layer_pattern,
         vocabulary=vocabulary,

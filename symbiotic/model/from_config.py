@@ -89,6 +89,7 @@ def model_from_config(
         tie_embeddings=config.model.tie_embeddings,
         rotary_base=config.model.rotary_base,
         rotary_percent=config.model.rotary_percent,
+        qk_norm=config.model.qk_norm,
         pre_process=pre_process,
         post_process=post_process,
         vp_stage=vp_stage,

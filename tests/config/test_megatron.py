@@ -152,6 +152,8 @@ def test_settings_refused_on_the_cpu_are_checked_once_auto_is_decided():
         {
             f"{T}.gated_linear_unit": False,
             f"{T}.kv_channels": 16,
+            f"{T}.qk_layernorm": True,
+            "model.qk_norm": "all_heads",
             "model.tie_embeddings": True,
             f"{T}.num_query_groups": 1,
         },

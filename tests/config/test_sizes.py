@@ -30,6 +30,7 @@ def test_every_role_by_hand():
     ("changes", "role", "difference"),
     [
         ({f"{T}.qk_layernorm": True}, "norm", 4 * 2 * 12),
+        ({f"{T}.qk_layernorm": True, "model.qk_norm": "all_heads"}, "norm", 4 * (4 + 2) * 12),
         ({f"{T}.add_qkv_bias": True}, "attention", 4 * (4 + 2 + 2) * 12),
         ({f"{T}.normalization": "LayerNorm"}, "norm", 4 * 2 * 48 + 48),
         ({f"{T}.moe_shared_expert_gate": True}, "shared_expert", 3 * 48),

@@ -100,15 +100,24 @@ def attention(config: SymbioticConfig, weights: dict[str, Tensor], prefix: str, 
     fused = weights[f"{prefix}linear_qkv.weight"]
     bias = weights.get(f"{prefix}linear_qkv.bias", torch.zeros(fused.shape[0], dtype=fused.dtype))
     outputs = torch.zeros(len(rows), config.num_attention_heads * size, dtype=rows.dtype)
+
+    def projected(at: int) -> Tensor:
+        return rows @ fused[at : at + size].T + bias[at : at + size]
+
+    starts = [group * (per_group + 2) * size for group in range(groups)]
+    heads = {
+        "q": [projected(start + head * size) for start in starts for head in range(per_group)],
+        "k": [projected(start + per_group * size) for start in starts],
+        "v": [projected(start + (per_group + 1) * size) for start in starts],
+    }
+    for name in "qk" if config.use_qk_norm else "":
+        norm = weights[f"{prefix}{name}_layernorm.weight"]
+        parts = [torch.cat(heads[name], dim=1)] if config.qk_norm == "all_heads" else heads[name]
+        parts = [torch.stack([rms_norm(vector, norm, config.rms_norm_eps) for vector in part]) for part in parts]
+        heads[name] = list(torch.cat(parts, dim=1).split(size, dim=1))
     for head in range(config.num_attention_heads):
-        start = head // per_group * (per_group + 2) * size
-        places = {"q": start + head % per_group * size, "k": start + per_group * size}
-        places["v"] = places["k"] + size
-        vectors = {name: rows @ fused[at : at + size].T + bias[at : at + size] for name, at in places.items()}
+        vectors = {name: heads[name][head if name == "q" else head // per_group] for name in "qkv"}
         for name in "qk":
-            if config.use_qk_norm:
-                norm = weights[f"{prefix}{name}_layernorm.weight"]
-                vectors[name] = torch.stack([rms_norm(v, norm, config.rms_norm_eps) for v in vectors[name]])
             turned = [turn(vector, place, base, rotary_dim) for place, vector in enumerate(vectors[name])]
             vectors[name] = torch.stack(turned)
         for place in range(len(rows)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ GLM = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
     "num_mtp_layers": 0,
 }
+OLMOE = {"num_experts": 6, "num_experts_per_tok": 2, "head_dim": 8}
+"""Heads of OLMoE are together as wide as the hidden states."""
 ERNIE = {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 2}
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,6 +47,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "qkv_bias": False, "mlp_only_layers": [1], "tie_word_embeddings": True,
     },
     "qwen3_moe": {"model_type": "qwen3_moe", **QWEN, "decoder_sparse_step": 2},
+    "olmoe": {"model_type": "olmoe", **OLMOE, "norm_topk_prob": True},
+    "olmoe, not normalised, tied, one key-value head": {
+        "model_type": "olmoe", **OLMOE, "norm_topk_prob": False, "tie_word_embeddings": True, "num_key_value_heads": 1,
+    },
     "mixtral": {"model_type": "mixtral", "num_local_experts": 6, "num_experts_per_tok": 2},
     "glm4_moe": {"model_type": "glm4_moe", **GLM},
     "glm4_moe, norms on queries and keys, biases": {
@@ -65,7 +72,7 @@ DENSE: dict[str, dict[str, Any]] = {
 
 def stock_model(settings: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
     """A model whose logits spread and whose routing is decided; top-k below the number of experts."""
-    settings = COMMON | settings
+    settings = copy.deepcopy(COMMON | settings)  # a configuration completes the dictionaries that it is given
     config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)

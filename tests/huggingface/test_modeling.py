@@ -28,6 +28,7 @@ VARIANTS = {
     "bias of the choice": {"router_score_function": "sigmoid", "router_bias": True},
     "sqrtsoftplus": {"router_score_function": "sqrtsoftplus"},
     "query and key norm": {"use_qk_norm": True},
+    "query and key norm over all heads": {"use_qk_norm": True, "qk_norm": "all_heads"},
     "attention bias": {"attention_bias": True},
     "gated shared expert": {"shared_expert_gate": True},
     "no shared expert": {"shared_expert_intermediate_size": 0},

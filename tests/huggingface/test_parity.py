@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "drawing": {"types": ["generation_code"], "group": "generation"},
         }
     },
+    "norms over all heads of queries and of keys": {"qk_layernorm": True, "model": {"qk_norm": "all_heads"}},
     "norms on queries and keys, biases, gate, half rotation, dense block, tied": {
         "qk_layernorm": True,
         "add_qkv_bias": True,

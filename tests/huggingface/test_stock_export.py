@@ -23,6 +23,7 @@ from tests.huggingface.test_parity import save
 from tests.support.ranks import run_ranks
 
 SIGMOID = {"moe_router_score_function": "sigmoid", "moe_shared_expert_intermediate_size": 48}
+ALL_HEADS = {"qk_layernorm": True, "model": {"qk_norm": "all_heads"}}
 HOMES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2_moe, ungated shared expert": ("qwen2_moe", {}),
     "qwen2_moe, gated, biases, dense block, tied, softmax first": (
@@ -33,6 +34,7 @@ HOMES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen3_moe": ("qwen3_moe", {"qk_layernorm": True, "moe_shared_expert_intermediate_size": None}),
+    "olmoe": ("olmoe", {**ALL_HEADS, "moe_shared_expert_intermediate_size": None}),
     "glm4_moe": ("glm4_moe", {**SIGMOID, "moe_router_topk_scaling_factor": 2.5, "model": {"rotary_percent": 0.5}}),
     "glm4_moe, bias of the choice, norms on queries and keys": (
         "glm4_moe",
@@ -121,7 +123,14 @@ def test_a_wrong_tensor_is_seen(corpus: Corpus, tmp_path: Path) -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "norms beside a shared expert": (
-        {"qk_layernorm": True}, "qwen3_moe: shared expert: ungated; qwen2_moe: norms of queries and keys: yes",
+        {"qk_layernorm": True}, "qwen3_moe: shared expert: ungated; qwen2_moe: norms of queries and keys: per head",
+    ),
+    "norms over all heads beside a shared expert": (
+        ALL_HEADS, "qwen3_moe: .*norms of queries and keys: all heads.*; olmoe: shared expert: ungated; mixtral",
+    ),
+    "norms over all heads of another width": (
+        {**ALL_HEADS, "moe_shared_expert_intermediate_size": None, "kv_channels": 16},
+        "olmoe: all heads have 64 channels, the hidden states 32",
     ),
     "half rotation and softmax": ({"model": {"rotary_percent": 0.5}}, "qwen2_moe: heads are rotated in part"),
     "scale": ({"softmax_scale": 0.5}, "attention scores are scaled by 0.5"),

@@ -45,6 +45,7 @@ def build_chunks(
     blocks: int = 2,
     dense: tuple[int, ...] = (),
     virtual: int | None = None,
+    qk_norm: str = "per_head",
 ) -> list[torch.nn.Module]:
     """This rank's chunks of a model of ``blocks`` blocks; every weight a function of its key and place alone."""
     transformer = tiny_config(num_layers=2 * blocks, **layout_fields(virtual=virtual), **config)
@@ -62,6 +63,7 @@ def build_chunks(
             pre_process=first,
             post_process=last,
             vp_stage=vp_stage,
+            qk_norm=qk_norm,
         )
         fill_weights(chunk)
         chunks.append(chunk.train())
@@ -128,12 +130,15 @@ def one_step(
     seeds: tuple[int, ...] = tuple(range(MICROBATCHES)),
     joined: bool = False,
     only_type: int | None = None,
+    qk_norm: str = "per_head",
 ) -> dict[str, Any]:
     """One step over a global batch of one microbatch a seed: metrics, gradients, losses of the last stage.
 
     With ``joined`` all of this rank's sequences are one microbatch; ``only_type`` is then every token's type.
     """
-    chunks = build_chunks(plan=plan or {}, config=config or {}, blocks=blocks, dense=dense, virtual=virtual)
+    chunks = build_chunks(
+        plan=plan or {}, config=config or {}, blocks=blocks, dense=dense, virtual=virtual, qk_norm=qk_norm
+    )
     if shield is not None:
         set_shield_factors(chunks, shield)
     batches = rank_batches(seeds)

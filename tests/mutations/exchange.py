@@ -44,4 +44,12 @@ EXCHANGE = [
         why="layers of a GPTModel checkpoint went to the wrong places",
         fails_with=("symbiotic.errors.CheckpointError",),
     ),
+    Mutation(
+        name="a-sliding-window-is-imported-as-full-attention",
+        file="symbiotic/huggingface/stock.py",
+        old='windowed = kinds - {"full_attention"} if kinds else getattr(config, "sliding_window", None)',
+        new='windowed = kinds - {"full_attention"}',
+        test="tests/huggingface/test_stock.py::test_a_setting_that_counts_is_read_or_refused_by_name",
+        why="a model that attends to a window was imported as one that attends to everything",
+    ),
 ]

@@ -163,4 +163,12 @@ MECHANISMS = [
         test="tests/model/test_placement.py::test_load_stays_even_when_most_tokens_generate[measured-unequal]",
         why="expert-parallel ranks held one group each",
     ),
+    Mutation(
+        name="a-rank-normalises-by-its-own-heads",
+        file="symbiotic/model/all_heads_norm.py",
+        old="squares = _sum_over_ranks(wide.square().sum((-2, -1), keepdim=True), group)",
+        new="squares = wide.square().sum((-2, -1), keepdim=True)",
+        test="tests/model/test_all_heads_norm.py::test_forward_and_backward_are_the_formula",
+        why="each tensor-parallel rank normalised queries by its own heads only",
+    ),
 ]

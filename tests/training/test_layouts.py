@@ -279,6 +279,32 @@ def test_a_layout_goes_on_from_what_another_wrote(start, alone, writer, reader):
 
 
 @pytest.fixture(scope="module")
+def all_heads(tmp_path_factory, corpus) -> Start:
+    """Norms over all heads of the queries and of the keys, with one key-value head for all ranks."""
+    transformer = {**BALANCE, "qk_layernorm": True, "num_query_groups": 1}
+    folder = tmp_path_factory.mktemp("all-heads")
+    return Start(folder, corpus, model={**MODEL, "qk_norm": "all_heads"}, TransformerConfig=transformer)
+
+
+@pytest.fixture(scope="module")
+def all_heads_alone(all_heads) -> Outcome:
+    return all_heads.resume("alone", ALONE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["TP2, expert TP1", "TP2 x PP2 interleaved, full recompute", "TP2 x EP2 x DP2, overlapped"]
+)
+def test_a_layout_with_norms_over_all_heads(all_heads, all_heads_alone, name):
+    """The mean square runs over the heads of all tensor-parallel ranks, and each counts once in the gradient norm."""
+    outcome = all_heads.resume(name, LAYOUTS[name])
+    assert_same_state(outcome.again, all_heads.run / "checkpoints" / f"step-{RESUMED}")
+    assert_trained_alike(outcome, all_heads_alone)
+    shapes = {key: len(tensor) for key, tensor in outcome.weights.items() if "q_layernorm" in key}
+    assert shapes == {f"decoder.layers.{layer}.self_attention.q_layernorm.weight": 32 for layer in (0, 2, 4, 6)}
+
+
+@pytest.fixture(scope="module")
 def alone_without_balance(start) -> Outcome:
     return start.resume("alone without balance", ALONE, *NO_BALANCE)
 

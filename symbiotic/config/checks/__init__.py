@@ -18,6 +18,7 @@ CHECKS: tuple[Check, ...] = (
     model.check_depth,
     model.check_width,
     model.check_rotary,
+    model.check_query_key_norm,
     model.check_group_names,
     model.check_groups_and_blocks,
     model.check_top_k,

@@ -88,6 +88,25 @@ def check_rotary(config: Config) -> None:
         )
 
 
+def check_query_key_norm(config: Config) -> None:
+    """model.qk_norm says something about norms that exist, and a norm over all heads is an RMSNorm."""
+    if config.model.qk_norm == "per_head":
+        return
+    if not value_of(config, "qk_layernorm"):
+        raise config.origin.error(
+            "model.qk_norm",
+            f"= {config.model.qk_norm} has no use without norms of queries and keys; set "
+            "TransformerConfig.qk_layernorm=true or leave it out",
+        )
+    kind = config.transformer.get("normalization")
+    if kind != "RMSNorm":
+        raise config.origin.error(
+            "model.qk_norm",
+            f"= {config.model.qk_norm} is an RMSNorm, and TransformerConfig.normalization = {kind}; set one of them "
+            "to the other's kind",
+        )
+
+
 def check_group_names(config: Config) -> None:
     """Names of groups and routers can be parts of parameter names."""
     for section, names in (("groups", config.groups), ("routers", config.routers)):
@@ -283,13 +302,28 @@ def check_own_parts(config: Config) -> None:
         )
     for name, group in config.groups.items():
         _check_own_start(config, name, group)
+    _check_query_groups_of_typed_attention(config)
+
+
+def _check_query_groups_of_typed_attention(config: Config) -> None:
+    """Attention that depends on token types (``model.attention``) has no key-value heads that several ranks share."""
     tensor = value_of(config, "tensor_model_parallel_size")
-    if owners(config, "attention") and (value_of(config, "num_query_groups") or tensor) % tensor:
-        raise config.origin.error(
-            (TRANSFORMER, "num_query_groups"),
-            f"= {value_of(config, 'num_query_groups')} is not a multiple of tensor_model_parallel_size = {tensor}, "
-            f"which group {owners(config, 'attention')[0]!r}'s own attention needs; change one of them",
-        )
+    if tensor < 1 or (value_of(config, "num_query_groups") or tensor) % tensor == 0:
+        return
+    norms = value_of(config, "qk_layernorm")
+    if owners(config, "attention"):
+        reason = f"the own attention of group {owners(config, 'attention')[0]!r} needs"
+    elif norms and owners(config, "norm"):
+        reason = f"the own norms of queries and keys of group {owners(config, 'norm')[0]!r} need"
+    elif norms and config.shield.targets.norm is not None:
+        reason = "the shield of the norms of queries and keys (shield.targets.norm) needs"
+    else:
+        return
+    raise config.origin.error(
+        (TRANSFORMER, "num_query_groups"),
+        f"= {value_of(config, 'num_query_groups')} is not a multiple of tensor_model_parallel_size = {tensor}, "
+        f"which {reason}; change one of them",
+    )
 
 
 def _check_own_start(config: Config, name: str, group: GroupConfig) -> None:

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 NUM_TOKEN_TYPES = 16
 SCORE_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 ROUTER_DTYPES = ("float32", "float64", None)
+QK_NORMS = ("per_head", "all_heads")
 
 
 class SymbioticConfig(PreTrainedConfig):
@@ -21,7 +22,8 @@ class SymbioticConfig(PreTrainedConfig):
         dense_layers: numbers (from 0) of the blocks with a dense MLP.
         attention_bias: whether the query, key and value projections have biases.
         attention_scaling: factor on the attention scores; None is ``head_dim ** -0.5``.
-        use_qk_norm: RMSNorm on each query and key head before the rotary embedding.
+        use_qk_norm: RMSNorm on queries and keys before the rotary embedding.
+        qk_norm: what it runs over: each head (``per_head``), or all heads of a token together (``all_heads``).
         rope_parameters: ``rope_type`` (only "default"), ``rope_theta`` and ``partial_rotary_factor``.
         num_experts: routed experts in each mixture block, over all groups.
         shared_expert_intermediate_size: width of the shared expert, 0 for none.
@@ -61,6 +63,7 @@ class SymbioticConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     attention_scaling: float | None = None
     use_qk_norm: bool = False
+    qk_norm: str = "per_head"
     dense_layers: list | None = None
     num_experts: int = 16
     num_experts_per_tok: int = 2
@@ -105,6 +108,8 @@ class SymbioticConfig(PreTrainedConfig):
             raise ValueError(f"router_score_function={self.router_score_function!r} is not one of {SCORE_FUNCTIONS}")
         if self.router_bias and self.router_score_function != "sigmoid":
             raise ValueError(f"router_bias needs sigmoid scores, not {self.router_score_function!r}")
+        if self.qk_norm not in QK_NORMS:
+            raise ValueError(f"qk_norm={self.qk_norm!r} is not one of {QK_NORMS}")
         if self.router_dtype not in ROUTER_DTYPES:
             raise ValueError(f"router_dtype={self.router_dtype!r} is not one of {ROUTER_DTYPES}")
         if len(self.router_of_token_type) != NUM_TOKEN_TYPES:

@@ -119,9 +119,12 @@ class SymbioticAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=config.attention_bias)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        # A norm runs over a head, or over all heads of a token.
+        whole = config.qk_norm == "all_heads"
+        self.q_norm_size, self.k_norm_size = (query_size, key_value_size) if whole else (self.head_dim, self.head_dim)
         if config.use_qk_norm:
-            self.q_norm = SymbioticRMSNorm(config.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = SymbioticRMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.q_norm = SymbioticRMSNorm(self.q_norm_size, eps=config.rms_norm_eps)
+            self.k_norm = SymbioticRMSNorm(self.k_norm_size, eps=config.rms_norm_eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
@@ -136,8 +139,9 @@ class SymbioticAttention(nn.Module):
         """hidden [b, s, h] -> output [b, s, h] and, where the implementation has them, attention weights."""
         heads = (*hidden.shape[:-1], -1, self.head_dim)
         cos, sin = position_embeddings
-        query = rotate(self.q_norm(self.q_proj(hidden).view(heads)).transpose(1, 2), cos, sin)
-        key = rotate(self.k_norm(self.k_proj(hidden).view(heads)).transpose(1, 2), cos, sin)
+        query = self.q_norm(self.q_proj(hidden).unflatten(-1, (-1, self.q_norm_size))).view(heads)
+        key = self.k_norm(self.k_proj(hidden).unflatten(-1, (-1, self.k_norm_size))).view(heads)
+        query, key = (rotate(states.transpose(1, 2), cos, sin) for states in (query, key))
         value = self.v_proj(hidden).view(heads).transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)

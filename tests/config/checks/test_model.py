@@ -41,6 +41,11 @@ def own(*parts, start=None):
         ({f"{T}.num_query_groups": 3}, "TransformerConfig.num_query_groups = 3 doesn't divide num_attention_heads = 4"),
         ({"model.rotary_percent": 0.25}, "model.rotary_percent = 0.25 rotates 3 of a head's 12 channels"),
         ({f"{T}.kv_channels": 7}, "model.rotary_percent = 1.0 rotates 7 of a head's 7 channels"),
+        ({"model.qk_norm": "all_heads"}, "model.qk_norm = all_heads has no use without norms of queries and keys"),
+        (
+            {"model.qk_norm": "all_heads", f"{T}.qk_layernorm": True, f"{T}.normalization": "LayerNorm"},
+            "model.qk_norm = all_heads is an RMSNorm, and TransformerConfig.normalization = LayerNorm",
+        ),
         ({"groups": {}, "routers": {}, "rates": {"*": 1}}, "groups is missing: it names the experts of an MoE layer"),
         ({"groups/a.b": {"experts": 2}}, "groups.a.b is no valid name; use a letter, then letters, digits"),
         (DENSE, "model.dense_blocks leaves no block with an MoE layer; the model needs at least one"),
@@ -106,6 +111,23 @@ def own(*parts, start=None):
         (
             {**own("norm"), "groups.understanding": {"experts": 12, "own": ["norm"]}},
             "groups.understanding.own names norm, which every group has for itself then",
+        ),
+        *(
+            (
+                {
+                    **changes,
+                    f"{T}.num_query_groups": 1,
+                    f"{T}.qk_layernorm": True,
+                    f"{T}.tensor_model_parallel_size": 2,
+                    f"{T}.sequence_parallel": True,
+                },
+                f"num_query_groups = 1 is not a multiple of tensor_model_parallel_size = 2, which {reason}",
+            )
+            for changes, reason in (
+                (own("attention"), "the own attention of group 'generation' needs"),
+                (own("norm"), "the own norms of queries and keys of group 'generation' need"),
+                ({"shield.targets": {"norm": "weights"}}, "the shield of the norms of queries and keys"),
+            )
         ),
         ({**own("embedding")}, "groups.generation.own.0 = 'embedding' is not one of attention, norm, mlp"),
         (
