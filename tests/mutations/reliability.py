@@ -85,6 +85,7 @@ RELIABILITY = [
         new="self._set_origin(0, {})",
         test="tests/data/test_blend.py::test_a_resume_after_an_accepted_change_continues_exactly",
         why="samples were read again, or left out, after the second resume",
+        fails_with=("symbiotic.errors.DataError: the data order can't be continued",),
     ),
     Mutation(
         name="foreign-code-of-an-export-runs",
