@@ -21,6 +21,7 @@ class RunBy(Enum):
     HERE = "in this file"
     ON_THE_DEMO = "in this file, slow, on the results of `make demo`"
     ON_A_CLUSTER = "in tests/slurm/test_cluster.py, slow, on a Slurm cluster"
+    BESIDE_THE_TOOLS = "in tests/examples/test_evaluation.py, slow, in an environment with evaluation tools"
     IN_SMALL = "with --smoke in tests/examples or tests/test_benchmarks.py, slow: too long here"
 
 
@@ -102,6 +103,24 @@ COMMANDS = {
     "torchrun --standalone --nproc-per-node 2 tools/partition_experts.py --checkpoint runs/digits/understanding "
     "--groups understanding=12 generation=4 --calibration text=runs/digits/corpus/shards/text_calibration --merge rank "
     "--output mine/measured_again TransformerConfig.tensor_model_parallel_size=2": RunBy.ON_THE_DEMO,
+    "HF_HUB_OFFLINE=1 lm_eval --model hf --model_args pretrained=reader,dtype=float32 "
+    "--include_path examples/evaluation/local_mmlu --tasks local_mmlu --device cpu --batch_size 8 "
+    "--output_path results/reader --log_samples": RunBy.BESIDE_THE_TOOLS,
+    "HF_HUB_OFFLINE=1 lm_eval --model hf "
+    "--model_args pretrained=exported,dtype=float32,trust_remote_code=True "
+    "--include_path examples/evaluation/local_mmlu --tasks local_mmlu --device cpu --batch_size 3 "
+    "--output_path results/exported --log_samples": RunBy.BESIDE_THE_TOOLS,
+    "python examples/evaluation/make_questions.py --output questions": RunBy.BESIDE_THE_TOOLS,
+    "python examples/evaluation/mmlu_task.py --questions questions --output tasks/mmlu --name mmlu_here": (
+        RunBy.BESIDE_THE_TOOLS
+    ),
+    "python -m pip install --no-deps examples/evaluation/lmms_plugin": RunBy.BESIDE_THE_TOOLS,
+    "HF_HUB_OFFLINE=1 lmms-eval --model symbiotic "
+    "--model_args pretrained=exported,trust_remote_code=True,dtype=float32,device=cpu "
+    "--include_path examples/evaluation/lmms_tasks --tasks local_reading --batch_size 3 "
+    "--output_path results/reading --log_samples": RunBy.BESIDE_THE_TOOLS,
+    "python examples/evaluation/geneval.py --prompts examples/evaluation/geneval_prompts.jsonl --model exported "
+    "--output pictures --samples 2 --grid --trust-remote-code": RunBy.BESIDE_THE_TOOLS,
 }
 """Every shown command. Those on the demo run in this order, in one folder: later ones use what earlier ones wrote."""
 
@@ -170,6 +189,13 @@ def test_a_slow_test_runs_it_in_small(command: str):
 def test_the_cluster_runs_the_blocks_of_its_page(command: str):
     assert SHOWN[command] == "docs/slurm.md"
     assert 'blocks(Path("docs/slurm.md"), "sh")' in (ROOT / "tests/slurm/test_cluster.py").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", commands_run(RunBy.BESIDE_THE_TOOLS))
+def test_the_test_of_the_evaluation_runs_the_blocks_of_its_page(command: str):
+    assert SHOWN[command] == "docs/evaluation.md"
+    content = (ROOT / "tests/examples/test_evaluation.py").read_text(encoding="utf-8")
+    assert 'blocks(Path("docs/evaluation.md"), "sh")' in content
 
 
 @pytest.fixture(scope="module")

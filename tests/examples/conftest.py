@@ -1,4 +1,4 @@
-"""The digits recipe in small, run once for all slow tests that look at what it made."""
+"""What several tests look at, made once: the digits recipe in small, and exports for the evaluation."""
 
 import subprocess
 import sys
@@ -22,3 +22,11 @@ def small_recipe(tmp_path_factory):
     """(working directory, finished process) of ``recipe.py --smoke``."""
     folder = tmp_path_factory.mktemp("recipe")
     return folder, run_command(recipe.EXAMPLE / "recipe.py", "--smoke", cwd=folder)
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory):
+    """Both exports of a small model with random weights (tests/examples/evaluation_models.py)."""
+    from tests.examples.evaluation_models import make_exports
+
+    return make_exports(tmp_path_factory.mktemp("exports"), spare_rows=True)

@@ -52,4 +52,12 @@ EXCHANGE = [
         test="tests/huggingface/test_stock.py::test_a_setting_that_counts_is_read_or_refused_by_name",
         why="a model that attends to a window was imported as one that attends to everything",
     ),
+    Mutation(
+        name="a-picture-depends-on-its-shard",
+        file="examples/evaluation/geneval.py",
+        old="    torch.manual_seed(seed_of(arguments.seed, index))\n",
+        new="    if index == 0:\n        torch.manual_seed(seed_of(arguments.seed, index))\n",
+        test="tests/examples/test_evaluation_geneval.py::test_shards_draw_what_one_process_draws",
+        why="the pictures of a prompt depended on which process drew them",
+    ),
 ]

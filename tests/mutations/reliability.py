@@ -110,6 +110,7 @@ RELIABILITY = [
         new="",
         test="tests/training/test_signals.py::test_data_workers_live_on_when_their_process_group_is_signalled",
         why="a signal to the process group took the data away before the last save",
+        fails_with=("tests.support.ranks.RankFailed",),
     ),
     Mutation(
         name="endless-patience-with-a-silent-rank",
@@ -118,6 +119,7 @@ RELIABILITY = [
         new='patience = float("inf")',
         test="tests/training/test_dead_ranks.py::test_a_rank_that_stops_answering_is_named_within_the_timeout[2]",
         why="a silent rank was never named",
+        fails_with=("ValueError: not enough values to unpack",),
     ),
     Mutation(
         name="two-tensors-from-the-same-bytes",
