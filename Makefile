@@ -12,7 +12,7 @@ endif
 export OMP_NUM_THREADS ?= 1
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: setup demo test test-slow lint bench bench-router bench-convert
+.PHONY: setup demo test test-slow lint bench bench-router bench-data bench-convert
 
 demo: setup
 	$(PYTHON_VENV) examples/digits/recipe.py
@@ -28,10 +28,14 @@ lint: setup
 	$(PYTHON_VENV) -m ruff check .
 	$(PYTHON_VENV) -m ruff format --check .
 
-bench: bench-router bench-convert
+bench: bench-router bench-data bench-convert
 
 bench-router: setup
 	$(PYTHON_VENV) -m benchmarks.bench_router
+
+# Beside Megatron-LM's tool: MEGATRON_LM=FOLDER make bench-data, a checkout of Megatron-LM; and the extra gigatoken.
+bench-data: setup
+	$(PYTHON_VENV) -m benchmarks.bench_data
 
 bench-convert: setup
 	$(PYTHON_VENV) -m benchmarks.bench_convert

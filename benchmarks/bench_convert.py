@@ -15,6 +15,7 @@ import hashlib
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -43,6 +44,15 @@ ROUNDS = 3
 SIZES = {"blocks": 16, "hidden": 1024, "expert": 1024, "experts": (24, 8), "codes": 60_000}
 """4 GB in bfloat16."""
 SMOKE_SIZES = {"blocks": 2, "hidden": 64, "expert": 32, "experts": (3, 2), "codes": 100}
+
+STARTER = """
+import os, sys
+process = os.posix_spawnp(sys.argv[1], sys.argv[1:], os.environ)
+_, status, usage = os.wait4(process, 0)
+print(usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status) and 1)
+"""
+"""Runs a command; prints the largest resident size of its process in KiB, last."""
 
 TARGETS = [
     Target("convert.export_ratio_to_copy", "ratio", "<=", lambda _: 2.5),
@@ -191,12 +201,14 @@ def copy(source: Path, target: Path) -> None:
 
 
 def run(command: list[str]) -> int:
-    """Run a command that must succeed; the largest resident size of its process in bytes."""
-    process = os.posix_spawnp(command[0], command, os.environ)
-    _, status, usage = os.wait4(process, 0)
-    if status:
-        raise SystemExit(f"{' '.join(command)} ended with status {os.waitstatus_to_exitcode(status)}")
-    return usage.ru_maxrss * 1024
+    """Run a command that must succeed; the largest resident size of its process in bytes.
+
+    On Linux a process inherits its parent's peak, so a small interpreter starts the command and says the peak.
+    """
+    result = subprocess.run([sys.executable, "-S", "-c", STARTER, *command], stdout=subprocess.PIPE, check=False)
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with status {result.returncode}")
+    return int(result.stdout.split()[-1]) * 1024
 
 
 def size_of(folder: Path) -> int:

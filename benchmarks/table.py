@@ -20,6 +20,7 @@ benchmark writes its table here when it ends, and exits with 1 when a target is 
 
 TITLES = {
     "router": "MoE layer with two groups over megatron-core's",
+    "data": "Preprocessing beside Megatron-LM's tool and the tokenizer alone, and loading",
     "convert": "Conversion of a checkpoint over a copy of its bytes",
 }
 """Results file without its ending -> heading, in the order of the page."""

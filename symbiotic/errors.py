@@ -36,11 +36,13 @@ class CheckpointError(UserError):
 
     Attributes:
         file: the damaged or missing file, None where the mistake isn't one file's.
+        damaged: False where the file may be sound, and only can't be read now.
     """
 
-    def __init__(self, message: str, *, file: os.PathLike[str] | str | None = None) -> None:
+    def __init__(self, message: str, *, file: os.PathLike[str] | str | None = None, damaged: bool = True) -> None:
         super().__init__(message)
         self.file = None if file is None else os.fspath(file)
+        self.damaged = damaged
 
 
 class LaunchError(UserError):

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -22,10 +23,11 @@ def fsync_folder(folder: Path | str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
+def replacing(path: Path | str, mode: str = "wb", *, keep_name: bool = True) -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path``; on success flush, fsync and rename it to ``path``.
 
-    When the body raises, the temporary file is removed and ``path`` keeps its old content.
+    When the body raises, the temporary file is removed and ``path`` keeps its old content. With ``keep_name`` False the
+    new name isn't flushed: after a power cut the file is either there as a whole or not at all.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -39,7 +41,20 @@ def replacing(path: Path | str, mode: str = "wb") -> Iterator[IO[Any]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    if keep_name:
+        fsync_folder(path.parent)
+
+
+def remove_leftovers(path: Path | str) -> None:
+    """Remove temporary files of `replacing` beside ``path`` whose process was killed.
+
+    For files that one process at a time writes: a process of another machine can't be told from one that is gone.
+    """
+    path = Path(path)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        process = left.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
+        if process.isdecimal() and not Path("/proc", process).exists():
+            left.unlink(missing_ok=True)
 
 
 def disk_error(error: BaseException) -> OSError | None:

@@ -43,6 +43,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--tokenizer", type=Path, help="tokenizer.model or tokenizer.json (default: the one beside the vocabulary)"
     )
     export.add_argument("--codec", type=Path, help="folder of the image codec, copied into the export")
+    export.add_argument(
+        "--codec-stays", action="store_true", help="write down the codec's path and digest, don't copy it (licence)"
+    )
     export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as stored)")
     export.add_argument("--license", default="unknown", help="licence of the weights, for the model card")
     export.add_argument("--shard-gb", type=float, default=DEFAULT_SHARD_GIGABYTES, help="size of a safetensors file")
@@ -140,7 +143,9 @@ def export(options: argparse.Namespace) -> int:
             raise CheckpointError(
                 "--home and --text-vocabulary belong to --understanding-only; add it or leave them out"
             )
-        export_checkpoint(source, options.output, codec=options.codec, **settings)
+        if options.codec_stays and options.codec is None:
+            raise CheckpointError("--codec-stays needs --codec FOLDER, whose path and digest it writes down")
+        export_checkpoint(source, options.output, codec=options.codec, copy_codec=not options.codec_stays, **settings)
         print(f"exported {source.folder} to {options.output}")
     if options.no_verify:
         print("not verified, as --no-verify was given")

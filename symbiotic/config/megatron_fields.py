@@ -29,6 +29,35 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 """Our defaults where they differ from Megatron's own; written into the resolved configuration."""
 
+MODEL_FIELDS = (
+    "activation_func",
+    "add_qkv_bias",
+    "apply_residual_connection_post_layernorm",
+    "ffn_hidden_size",
+    "gated_linear_unit",
+    "hidden_size",
+    "kv_channels",
+    "layernorm_epsilon",
+    "layernorm_zero_centered_gamma",
+    "moe_ffn_hidden_size",
+    "moe_router_dtype",
+    "moe_router_enable_expert_bias",
+    "moe_router_pre_softmax",
+    "moe_router_score_function",
+    "moe_router_topk",
+    "moe_router_topk_scaling_factor",
+    "moe_shared_expert_gate",
+    "moe_shared_expert_intermediate_size",
+    "normalization",
+    "num_attention_heads",
+    "num_query_groups",
+    "qk_layernorm",
+    "rotary_interleaved",
+    "softmax_scale",
+)
+"""TransformerConfig fields that decide what the model computes; the others (parallel sizes, precision, fusions,
+recompute) are of the machine that trained it."""
+
 READ: dict[str, dict[str, tuple[type | None, Any]]] = {
     TRANSFORMER: {
         "hidden_size": (int, None),

@@ -73,6 +73,9 @@ UNUSED: dict[str, dict[str, tuple[str, ...]]] = {
         "figures are logged by layer whenever routing metrics are": ("moe_per_layer_logging",),
     },
     OPTIMIZER: {
+        "it belongs to use_precision_aware_optimizer, which is refused": (
+            "store_param_remainders", "main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype",
+        ),
         "it belongs to fp16, which is refused": (
             "loss_scale", "initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis",
         ),
@@ -149,10 +152,6 @@ SUPPORTED: dict[str, dict[str, tuple[str, ...]]] = {
             "optimizer", "adam_beta1", "adam_beta2", "adam_eps", "decoupled_weight_decay",
             "apply_wd_to_qk_layernorm", "grad_norm_skip_threshold",
         ),
-        GPU_ONLY: (
-            "use_precision_aware_optimizer", "store_param_remainders", "main_grads_dtype", "main_params_dtype",
-            "exp_avg_dtype", "exp_avg_sq_dtype",
-        ),
     },
     DDP: {
         "tests/training/test_megatron_settings.py": (
@@ -174,7 +173,6 @@ CONDITIONS = (
     ("moe_router_topk", "the same for all groups, and no larger than the smallest of them"),
     ("gradient_accumulation_fusion", "refused where `shield.targets` has a target of mode `weights` and with "
      "`diagnostics.gradients`, until a test on a GPU shows that they reach fused weight gradients"),
-    ("use_precision_aware_optimizer", "refused with `maop.roles`, which needs gradients and moments in float32"),
     ("recompute_modules", "`layernorm` and `moe_act` with Transformer Engine's layers only"),
     ("tensor_model_parallel_size", "above 1 with `sequence_parallel: true` only"),
     ("context_parallel_size", "refused above 1 in training, which doesn't cut samples for it, and on the CPU"),

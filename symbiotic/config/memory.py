@@ -32,16 +32,17 @@ class RankMemory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def _blocks_of_rank(config: Config, layout: ParallelLayout, pipeline_rank: int) -> list[int]:
+def _chunks_of_rank(config: Config, layout: ParallelLayout, pipeline_rank: int) -> list[list[int]]:
+    """The blocks of each model chunk on a pipeline rank."""
     chunks = layer_pattern(config).chunks(layout.pipeline * (layout.virtual_pipeline or 1))
-    return [block for chunk in chunks[pipeline_rank :: layout.pipeline] for block in chunk]
+    return [list(chunk) for chunk in chunks[pipeline_rank :: layout.pipeline]]
 
 
 def parts_of_rank(config: Config, vocabulary: VocabularyLayout, pipeline_rank: int) -> list[Part]:
     """The parameters that live on one pipeline rank."""
     layout = parallel_layout(config)
     last = pipeline_rank == layout.pipeline - 1
-    parts = block_parts(config, _blocks_of_rank(config, layout, pipeline_rank))
+    parts = block_parts(config, [block for chunk in _chunks_of_rank(config, layout, pipeline_rank) for block in chunk])
     if pipeline_rank == 0 or (last and config.model.tie_embeddings):
         parts.append(embedding_part(config, vocabulary))
     if last:
@@ -90,17 +91,17 @@ def activation_bytes(config: Config, vocabulary: VocabularyLayout, *, pipeline_r
     tokens = training.micro_batch_size * config.model.sequence_length / (layout.tensor * layout.context)
     size = 2 if value_of(config, "bf16") else 4
     pattern = layer_pattern(config).feed_forward
-    kinds = [pattern[block] for block in _blocks_of_rank(config, layout, pipeline_rank)]
-    saved = [_saved_channels(config, kind) for kind in kinds]
-    kept = [_kept_channels(config, kind) for kind in kinds]
+    found = [
+        _kept_and_recomputed(config, [pattern[block] for block in chunk])
+        for chunk in _chunks_of_rank(config, layout, pipeline_rank)
+    ]
+    kept, recomputed = sum(chunk[0] for chunk in found), max(chunk[1] for chunk in found)
     microbatches = training.global_batch_size // (training.micro_batch_size * layout.data_parallel(world_size))
     in_flight = float(layout.pipeline - pipeline_rank)
     if layout.virtual_pipeline:
         in_flight = layout.pipeline * (1 + (layout.pipeline - 1) / (layout.pipeline * layout.virtual_pipeline))
     in_flight = min(in_flight, microbatches)
-    # Of the block that is being recomputed everything is there.
-    recomputed = max(whole - part for whole, part in zip(saved, kept, strict=True))
-    total = tokens * size * (sum(kept) * in_flight + recomputed)
+    total = tokens * size * (kept * in_flight + recomputed)
     if pipeline_rank == layout.pipeline - 1:
         # Logits in the model's precision, in fp32 for the loss, and their gradient; whole sequence, vocabulary split.
         total += tokens * vocabulary.size * (size + 4 + 4)
@@ -136,12 +137,30 @@ def _shared_channels(config: Config) -> float:
     return 0 if shared is None else value_of(config, "hidden_size") + _matrices(config) * shared
 
 
+def _kept_and_recomputed(config: Config, kinds: list[str]) -> tuple[float, float]:
+    """What a chunk of such blocks keeps until the backward pass, and what recompute then adds at most, in channels.
+
+    HybridModel's layers are half blocks. Full recompute keeps the input of each group of layers (``uniform``), or of
+    each of the first layers of a chunk (``block``).
+    """
+    saved = [_saved_channels(config, kind) for kind in kinds]
+    if value_of(config, "recompute_granularity") != "full":
+        kept = [_kept_channels(config, kind) for kind in kinds]
+        return sum(kept), max((whole - part for whole, part in zip(saved, kept, strict=True)), default=0)
+    attention = _attention_channels(config)
+    layers = [channels for whole in saved for channels in (attention, whole - attention)]
+    count, hidden = value_of(config, "recompute_num_layers"), value_of(config, "hidden_size")
+    if value_of(config, "recompute_method") == "uniform":
+        groups, whole = [layers[start : start + count] for start in range(0, len(layers), count)], []
+    else:
+        groups, whole = [[channels] for channels in layers[:count]], layers[count:]
+    return hidden * len(groups) + sum(whole), max((sum(group) - hidden for group in groups), default=0)
+
+
 def _kept_channels(config: Config, kind: str) -> float:
-    """What of :func:`_saved_channels` is kept until the backward pass, under the configured recompute."""
+    """What of :func:`_saved_channels` is kept until the backward pass, recompute being off or selective."""
     hidden = value_of(config, "hidden_size")
     granularity = value_of(config, "recompute_granularity")
-    if granularity == "full":
-        return 2 * hidden  # the inputs of the block's two layers
     kept = _saved_channels(config, kind)
     modules = value_of(config, "recompute_modules") or [] if granularity == "selective" else []
     if ("moe" if kind == MOE else "mlp") in modules:

@@ -135,8 +135,9 @@ REFUSALS = (
     Refusal(fields=("gradient_accumulation_fusion", "apply_rope_fusion", "moe_permute_fusion",
                     "use_te_activation_func"),
             device="cpu", reason="its kernels need a GPU"),
-    Refusal(fields=("use_precision_aware_optimizer",), section=OPTIMIZER, device="cpu",
-            reason="it needs Transformer Engine's Adam"),
+    Refusal(fields=("use_precision_aware_optimizer",), section=OPTIMIZER,
+            reason="its master weights live inside Transformer Engine's Adam, where neither checkpoints nor "
+                   "checkpoint.load reach them"),
     Refusal(fields=("nccl_ub",), section=DDP, device="cpu", reason="it needs NCCL"),
 )  # fmt: skip
 """Every refused setting. A test checks that each field exists in the installed megatron-core."""

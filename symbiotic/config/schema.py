@@ -158,7 +158,10 @@ class SourceConfig:
     """One corpus: a shard prefix and its weight in the mixture."""
 
     name: str = setting(doc="Name in logs, curves and stage mixtures.")
-    prefix: str = setting(doc="Shard files are PREFIX.bin, PREFIX.idx and PREFIX.manifest.json.")
+    prefix: str = setting(
+        doc="Shard files are PREFIX.bin, PREFIX.idx and PREFIX.manifest.json. A pattern such as shards/web-* takes all "
+        "that fit, sorted by name; @FILE a list with one prefix a line."
+    )
     weight: float = setting(1.0, "Relative weight in the mixture; 0 leaves it to the stages.", minimum=0.0)
     format: Literal["symbiotic", "megatron"] = setting(
         "symbiotic", "megatron opens text shards of Megatron-LM's tools, which have neither types nor a manifest."
@@ -177,6 +180,17 @@ class DataConfig:
     )
     seed: int | None = setting(None, "Seed of the data order; null takes run.seed.", minimum=0, maximum=2**31 - 1)
     workers: int = setting(0, "Background processes that read samples; 0 reads in the training process.", minimum=0)
+    temperature: float | None = setting(
+        None,
+        "With one, every weight, of sources and of stages, is multiplied by tokens ** (1 / temperature) of its source: "
+        "1 draws by size, a high one evenly. Not an exponent: 0.3 of other programs is 3.33 here.",
+        minimum=1.0,
+    )
+    cache: str | None = setting(
+        None,
+        "Folder for what a start finds out from the index files, shared by runs, ranks and nodes; may be emptied at "
+        "any time. Null keeps nothing: every start scans them.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,7 +305,7 @@ class CheckpointConfig:
     verify: Literal["full", "sizes"] = setting(
         "full", "What is checked of each file before a load, and after a save: its digest, or its size."
     )
-    accept_changes: list[Literal["stages", "rates", "schedule", "maop", "data"]] = setting(
+    accept_changes: list[Literal["stages", "rates", "schedule", "maop", "shield", "data"]] = setting(
         [], "What may differ from the run that wrote the checkpoint; it is logged. Other differences are refused."
     )
 

@@ -68,7 +68,8 @@ def encode_chunk(
     images: list[ImageFile] = []
     left = job.chunk.num_bytes
     try:
-        with replacing(job.path) as file:
+        # A part whose name a power cut takes away is made again, so its folder needn't be flushed for each.
+        with replacing(job.path, keep_name=False) as file:
             writer = PartWriter(file, dtype=shard_dtype(encoder.vocabulary))
             blocks = _BlockBuffer(writer, splits=splits, rules=SegmentRules(encoder.vocabulary), place=str(job.path))
             for records in _batches(read_chunk(job.chunk, format=encoder.format)):

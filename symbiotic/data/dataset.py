@@ -6,11 +6,14 @@ from typing import Literal
 
 import numpy as np
 
+from symbiotic.data.index_cache import Arrays, IndexCache, digest_of
+from symbiotic.data.lazy_shards import LazyShard
 from symbiotic.data.packing import Pieces, WindowPlan, best_fit, concatenate, cut_documents
 from symbiotic.data.segments import is_image
 from symbiotic.data.shards import Shard
 from symbiotic.data.unfold import Sample, ShardSet, WindowReader, unfolded_lengths
 from symbiotic.errors import DataError
+from symbiotic.tokens.types import TYPE_MASK
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
 Packing = Literal["best_fit", "concatenate"]
@@ -28,6 +31,9 @@ class DocumentDataset:
     Sample ``i`` is a function of (shards, sequence length, packing, seed, i) alone. Every epoch holds every
     document once, in another order; see ``packing.py`` for the policies and ``unfold.py`` for the sample.
 
+    What follows from the index files (tokens of each document, places of images, pieces, plans of epochs) is taken
+    from ``cache``, or made and put there. Then no shard is opened before its first document is read.
+
     Attributes:
         name: of the corpus, in the configuration and in logs.
         sequence_length: tokens of a sample.
@@ -35,13 +41,14 @@ class DocumentDataset:
 
     def __init__(
         self,
-        shards: Sequence[Shard],
+        shards: Sequence[Shard | LazyShard],
         *,
         name: str,
         sequence_length: int,
         vocabulary: VocabularyLayout,
         packing: Packing = "best_fit",
         seed: int = 0,
+        cache: IndexCache | None = None,
     ) -> None:
         if len({shard.format for shard in shards}) != 1:
             raise DataError(f"data source {name!r} needs at least one shard, and shards of one format only")
@@ -51,15 +58,30 @@ class DocumentDataset:
         self._seed = seed
         self._shards = ShardSet(shards, vocabulary=vocabulary)
         self._reader = WindowReader(self._shards, vocabulary=vocabulary, sequence_length=sequence_length)
-        self._lengths, self._images = self._scan()
-        self._pieces = None if packing == "concatenate" else self._cut()
+        self._cache = IndexCache() if cache is None else cache
+        self._cutting: dict[int, Shard] = {}
+        self._corpus_key = {
+            "kind": "corpus",
+            "shards": [shard.digest for shard in shards],
+            "vocabulary": vocabulary.digest,
+            "sequence_length": sequence_length,
+            "packing": packing,
+        }
+        found = self._cache.arrays(self._corpus_key, self._corpus_arrays)
+        self._num_tokens = int(found["num_tokens"][0])
+        self._lengths, self._images, self._pieces = None, Pieces.empty(), None
+        pieces = Pieces(found["documents"], found["starts"], found["lengths"])
+        if packing == "concatenate":
+            self._lengths, self._images = found["document_tokens"], pieces
+        else:
+            self._pieces = pieces
         self._plans: OrderedDict[int, WindowPlan] = OrderedDict()
         self._epoch_starts = [0]
         if not len(self.plan(0)):
             raise DataError(f"data source {name!r} holds no document of two tokens or more; check its prefix")
 
     @property
-    def shards(self) -> list[Shard]:
+    def shards(self) -> list[Shard | LazyShard]:
         """Its shards, in the order in which samples number them."""
         return self._shards.shards
 
@@ -71,7 +93,12 @@ class DocumentDataset:
     @property
     def num_tokens(self) -> int:
         """Tokens of one epoch, control tokens included, padding not."""
-        return int(self._lengths.sum(dtype=np.int64))
+        return self._num_tokens
+
+    @property
+    def num_stored_tokens(self) -> int:
+        """Tokens of all shards as they are stored, control tokens of reading left out."""
+        return sum(shard.num_tokens for shard in self._shards.shards)
 
     @property
     def identity(self) -> dict[str, object]:
@@ -116,17 +143,40 @@ class DocumentDataset:
 
     def _build_plan(self, epoch: int) -> WindowPlan:
         key = f"{self._seed}/{self.name}/{epoch}"
+        found = self._cache.arrays(
+            {"kind": "plan", "corpus": digest_of(self._corpus_key), "order": key}, lambda: self._plan_arrays(key)
+        )
         if self._pieces is not None:
-            return best_fit(self._pieces, capacity=self.sequence_length, key=key)
-        return concatenate(self._lengths, capacity=self.sequence_length, key=key, images=self._images)
+            return WindowPlan(self._pieces, found["boundaries"], found["order"], found["window_order"])
+        pieces = Pieces(found["documents"], found["starts"], found["lengths"])
+        return WindowPlan(pieces, found["boundaries"], None, found["window_order"])
 
-    def _cut(self) -> Pieces:
-        return cut_documents(self._lengths, capacity=self.sequence_length, segments_of=self._segments_of)
+    def _plan_arrays(self, key: str) -> Arrays:
+        """The arrays of a plan; the pieces are among them where an epoch has its own."""
+        if self._pieces is not None:
+            plan = best_fit(self._pieces, capacity=self.sequence_length, key=key)
+            return {"boundaries": plan.boundaries, "order": plan.order, "window_order": plan.window_order}
+        plan = concatenate(self._lengths, capacity=self.sequence_length, key=key, images=self._images)
+        return {"boundaries": plan.boundaries, "window_order": plan.window_order, **vars(plan.pieces)}
+
+    def _corpus_arrays(self) -> Arrays:
+        """What the index files are scanned for: tokens and images of documents, or the pieces for best fit."""
+        lengths, images = self._scan()
+        num_tokens = np.array([lengths.sum(dtype=np.int64)])
+        if self._packing == "concatenate":
+            return {"num_tokens": num_tokens, "document_tokens": lengths, **vars(images)}
+        pieces = cut_documents(lengths, capacity=self.sequence_length, segments_of=self._segments_of)
+        self._cutting = {}
+        return {"num_tokens": num_tokens, **vars(pieces)}
 
     def _segments_of(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         """End of each segment of a document in its stream, and which are images."""
         shards, numbers = self._shards.locate(np.array([document]))
-        shard, number = self._shards.shards[int(shards[0])], int(numbers[0])
+        place, number = int(shards[0]), int(numbers[0])
+        if place not in self._cutting:
+            # Documents come in order, so each shard is mapped once, and none stays open.
+            self._cutting = {place: self._shards.shards[place].map_files()}
+        shard = self._cutting[place]
         lengths, types = self._segment_lengths(shard, number, number + 1)
         ends = np.cumsum(lengths)
         ends[-1] += int(self._shards.adds_eod)
@@ -135,7 +185,7 @@ class DocumentDataset:
     def _segment_lengths(self, shard: Shard, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Tokens in the stream, int64, and type of the segments of documents ``first`` to ``last - 1``."""
         segments = slice(int(shard.first_segments[first]), int(shard.first_segments[last]))
-        types = shard.types[segments]
+        types = shard.modes[segments] & np.int8(TYPE_MASK)
         rows = np.zeros(len(types), dtype=np.int64)
         images = is_image(types)
         if images.any():
@@ -150,9 +200,11 @@ class DocumentDataset:
         """
         lengths, images = [], [Pieces.empty()]
         for shard, before in zip(self._shards.shards, self._shards.first_documents.tolist(), strict=False):
-            for first in range(0, shard.num_documents, _CHUNK_DOCUMENTS):
-                last = min(first + _CHUNK_DOCUMENTS, shard.num_documents)
-                found = self._scan_documents(shard, first, last, before)
+            # Not among the open ones: a scan reads each index once.
+            opened = shard.map_files()
+            for first in range(0, opened.num_documents, _CHUNK_DOCUMENTS):
+                last = min(first + _CHUNK_DOCUMENTS, opened.num_documents)
+                found = self._scan_documents(opened, first, last, before)
                 lengths.append(found[0])
                 if self._packing == "concatenate":
                     images.append(found[1])

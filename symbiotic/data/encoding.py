@@ -129,6 +129,7 @@ class DocumentEncoder:
     def encode_batch(self, records: Iterable[RawRecord | Unreadable]) -> EncodedBatch:
         """Encode every record of a batch; a bad one becomes a rejection."""
         documents: list[Document] = []
+        members: list[str | None] = []
         images: list[np.ndarray] = []
         rejections: list[Rejection] = []
         num_bytes = 0
@@ -142,13 +143,14 @@ class DocumentEncoder:
                     document = parse(record, format=self.format)
                     images.extend(self._encode_images(document))
                     documents.append(document)
+                    members.append(record.member)
                     continue
                 except RecordError as error:
                     reason = error.reason
             rejections.append(Rejection(file=record.file, line=record.line, reason=reason, member=record.member))
         block = self._assemble(documents, images=images)
         if not block.lengths.all():
-            block, without = _without_empty(block, documents)
+            block, without = _without_empty(block, documents, members=members)
             rejections = sorted(rejections + without, key=lambda rejection: rejection.line)
         return EncodedBatch(block=block, num_bytes=num_bytes, rejections=rejections, image_files=self._image_files)
 
@@ -217,13 +219,17 @@ class DocumentEncoder:
         return self.codec.encode(read_image(data, channels=self.codec.channels))
 
 
-def _without_empty(block: DocumentBlock, documents: list[Document]) -> tuple[DocumentBlock, list[Rejection]]:
+def _without_empty(
+    block: DocumentBlock, documents: list[Document], *, members: list[str | None]
+) -> tuple[DocumentBlock, list[Rejection]]:
     """Leave out documents with a text of no piece, such as spaces under a tokenizer that strips them."""
     empty = np.zeros(len(documents), dtype=bool)
     empty[np.repeat(np.arange(len(documents)), block.segment_counts)[block.lengths == 0]] = True
     reason = "a text gives no token with this tokenizer, as it is of spaces only; drop the segment"
-    bad = [documents[number] for number in np.flatnonzero(empty)]
-    rejections = [Rejection(file=document.source, line=document.line, reason=reason) for document in bad]
+    bad = [(documents[number], members[number]) for number in np.flatnonzero(empty)]
+    rejections = [
+        Rejection(file=document.source, line=document.line, reason=reason, member=member) for document, member in bad
+    ]
     return block.select(~empty), rejections
 
 

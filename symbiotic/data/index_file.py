@@ -92,12 +92,13 @@ class SegmentIndex:
             yield np.ascontiguousarray(self.modes, dtype=np.int8).tobytes()
 
 
-def read_index(path: Path | str, *, with_modes: bool) -> SegmentIndex:
+def read_index(path: Path | str, *, with_modes: bool, checked: bool = False) -> SegmentIndex:
     """Map an index file and check that its structure is sound.
 
     Args:
         path: the ``.idx`` file.
         with_modes: whether the file must hold the modes of a multimodal shard, or must not.
+        checked: whether the arrays were checked before; only header and size are then looked at.
 
     Raises:
         DataError: the file is no index, of an unknown version, torn, or its arrays contradict each other.
@@ -127,7 +128,8 @@ def read_index(path: Path | str, *, with_modes: bool) -> SegmentIndex:
         start += arrays[-1].nbytes
     modes = np.frombuffer(data, dtype=np.int8, count=num_segments, offset=start) if with_modes else None
     index = SegmentIndex(np.dtype(DTYPE_CODES[code]), *arrays, modes)
-    _check_structure(path, index)
+    if not checked:
+        _check_structure(path, index)
     return index
 
 

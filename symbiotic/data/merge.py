@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from symbiotic.data.assembly import assemble_shard
-from symbiotic.data.shards import Shard, shard_dtype, shard_path
+from symbiotic.data.shards import FILE_SUFFIXES, Shard, shard_dtype, shard_path
 from symbiotic.errors import DataError
+from symbiotic.files import remove_leftovers
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
 
@@ -70,4 +71,6 @@ def merge_shards(prefixes: Sequence[Path | str], *, output: Path | str, vocabula
         if place == Path(output).resolve():
             raise DataError(f"{output}: the output is one of the shards; give another --output")
     blocks = [ShardBlock(Shard.open(prefix, vocabulary=vocabulary, hashed=("documents",))) for prefix in prefixes]
+    for suffix in (*FILE_SUFFIXES.values(), ".manifest.json"):
+        remove_leftovers(shard_path(output, suffix))  # of a merge that was killed: as large as the shard
     return assemble_shard(output, blocks, vocabulary=vocabulary, dtype=shard_dtype(vocabulary))

@@ -153,19 +153,24 @@ def best_fit(pieces: Pieces, *, capacity: int, key: str) -> WindowPlan:
         capacity: tokens of a window.
         key: names the epoch, such as ``seed/source/epoch``.
     """
-    shuffled = permutation(len(pieces), key=f"{key}/pieces")
+    # Arrays of one number a piece are 32 bits wide and let go early: a corpus has up to billions of pieces.
+    shuffled = permutation(len(pieces), key=f"{key}/pieces").astype(np.int32)
     lengths = pieces.lengths[shuffled]
-    by_length = np.argsort(-lengths.astype(np.int64), kind="stable")
-    window_of = np.empty(len(pieces), dtype=np.int64)
-    window_of[by_length], num_windows = _pack_decreasing(lengths[by_length], capacity=capacity)
+    # Stable sorting of 16-bit numbers is a radix sort.
+    missing = (capacity - lengths).astype(np.uint16 if capacity < 1 << 16 else np.int32)
+    by_length = np.argsort(missing, kind="stable").astype(np.int32)
+    lengths, missing = lengths[by_length], None
+    window_of = np.empty(len(pieces), dtype=np.int32)
+    window_of[by_length], num_windows = _pack_decreasing(lengths, capacity=capacity)
+    del by_length, lengths
     # Stable: inside a window the pieces keep their shuffled order.
-    in_windows = np.argsort(window_of, kind="stable")
+    in_windows = np.argsort(window_of, kind="stable").astype(np.int32)
     boundaries = np.zeros(num_windows + 1, dtype=np.int64)
     np.cumsum(np.bincount(window_of, minlength=num_windows), out=boundaries[1:])
     return WindowPlan(
         pieces=pieces,
         boundaries=boundaries,
-        order=shuffled[in_windows].astype(np.int32),
+        order=shuffled[in_windows],
         window_order=permutation(num_windows, key=f"{key}/windows"),
     )
 
@@ -178,11 +183,11 @@ def _pack_decreasing(lengths: np.ndarray, *, capacity: int) -> tuple[np.ndarray,
     as the window just filled is the fullest again. So the work goes with the number of distinct lengths
     and fill levels, not with the number of pieces.
     """
-    window_of = np.empty(len(lengths), dtype=np.int64)
+    window_of = np.empty(len(lengths), dtype=np.int32)
     room = _WindowsByRoom(capacity)
-    sizes, firsts, counts = np.unique(-lengths, return_index=True, return_counts=True)
-    for size, first, count in zip((-sizes).tolist(), firsts.tolist(), counts.tolist(), strict=True):
-        end = first + count
+    firsts = np.flatnonzero(np.diff(lengths, prepend=0)) if len(lengths) else np.empty(0, dtype=np.int64)
+    ends = np.append(firsts[1:], len(lengths))
+    for size, first, end in zip(lengths[firsts].tolist(), firsts.tolist(), ends[: len(firsts)].tolist(), strict=True):
         while first < end:
             left = room.least_room(size)
             each = left // size

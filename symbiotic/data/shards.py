@@ -17,9 +17,8 @@ the codes, row by row, as language-model ids; begin, row-end and end tokens are 
 
 import contextlib
 import hashlib
-import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -30,27 +29,25 @@ import pyarrow.parquet as pq
 
 from symbiotic.data.blocks import DOCUMENT_SCHEMA, ROWS_PER_GROUP, DocumentBlock, TypeCounts, row_groups
 from symbiotic.data.index_file import CHUNK_SEGMENTS, SegmentIndex, read_index, token_dtype
+from symbiotic.data.manifest import (
+    FILE_SUFFIXES,
+    SHARD_VERSION,
+    check_files,
+    check_vocabulary,
+    file_entries,
+    manifest_of,
+    manifest_text,
+    read_manifest,
+    shard_path,
+)
 from symbiotic.data.segments import SEGMENT_TYPES, SegmentRules
 from symbiotic.errors import DataError
 from symbiotic.files import replacing, sha256_of, write_text
-from symbiotic.strict_json import brief, misfit, parse_json
-from symbiotic.tokens.types import TokenType, split_modes
+from symbiotic.strict_json import brief
+from symbiotic.tokens.types import NO_LOSS_BIT, TYPE_MASK, TokenType, split_modes
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
 logger = logging.getLogger(__name__)
-
-SHARD_FORMAT = "symbiotic-shard"
-SHARD_VERSION = 1
-FILE_SUFFIXES = {"tokens": ".bin", "index": ".idx", "documents": ".docs.parquet"}
-"""Role of each data file in the manifest, and its ending."""
-
-_MANIFEST_SHAPE = {
-    **dict.fromkeys(("format", "vocabulary", "tokenizer", "dtype", "digest"), str),
-    **dict.fromkeys(("version", "documents", "segments", "tokens"), int),
-    "by_type": {str: {"segments": int, "tokens": int, "loss_tokens": int}},
-    "files": {role: {"name": str, "size": int, "sha256": str} for role in FILE_SUFFIXES},
-}
-"""Kinds of values of a manifest, see ``strict_json.misfit``."""
 
 ShardFormat = Literal["symbiotic", "megatron"]
 
@@ -70,12 +67,6 @@ class DocumentRecord:
     source_file: str
     line: int
     license: str | None = None
-
-
-def shard_path(prefix: Path | str, suffix: str) -> Path:
-    """``PREFIX`` + suffix; a prefix may hold dots."""
-    prefix = Path(prefix)
-    return prefix.with_name(prefix.name + suffix)
 
 
 class ShardWriter:
@@ -242,90 +233,6 @@ def shard_dtype(vocabulary: VocabularyLayout) -> np.dtype:
     return token_dtype(vocabulary.image_offset + vocabulary.codebook_size)
 
 
-def file_entries(prefix: Path | str, *, known: Mapping[str, str]) -> dict[str, Any]:
-    """The manifest's ``files``: name, size and SHA-256 by role; digests that are ``known`` aren't taken again."""
-    entries = {}
-    for role, suffix in FILE_SUFFIXES.items():
-        path = shard_path(prefix, suffix)
-        entries[role] = {
-            "name": path.name,
-            "size": path.stat().st_size,
-            "sha256": known.get(role) or sha256_of(path),
-        }
-    return entries
-
-
-def manifest_of(
-    *,
-    vocabulary: VocabularyLayout,
-    dtype: np.dtype,
-    documents: int,
-    segments: int,
-    tokens: int,
-    counts: TypeCounts,
-    files: dict[str, Any],
-) -> dict[str, Any]:
-    """The manifest of a shard, without its digest."""
-    return {
-        "format": SHARD_FORMAT,
-        "version": SHARD_VERSION,
-        "vocabulary": vocabulary.digest,
-        "tokenizer": vocabulary.tokenizer_digest,
-        "dtype": dtype.name,
-        "documents": documents,
-        "segments": segments,
-        "tokens": tokens,
-        "by_type": counts.by_type(),
-        "files": files,
-    }
-
-
-def manifest_text(manifest: dict[str, Any]) -> str:
-    """The one text of a manifest: fixed layout, closed by a digest of everything before it."""
-    content = {key: value for key, value in manifest.items() if key != "digest"}
-    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return json.dumps({**content, "digest": digest}, indent=2, ensure_ascii=False) + "\n"
-
-
-def read_manifest(prefix: Path | str) -> dict[str, Any]:
-    """Read and check the manifest of a shard.
-
-    Raises:
-        DataError: it is missing, of an unknown format or version, or was changed after it was written.
-    """
-    path = shard_path(prefix, ".manifest.json")
-    try:
-        content = path.read_bytes()
-        manifest = parse_json(content)
-    except FileNotFoundError:
-        raise DataError(f"{path}: {_missing(prefix)}") from None
-    except ValueError as error:
-        raise DataError(f"{path}: the manifest is not readable JSON ({error}); write the shard again") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != SHARD_FORMAT:
-        raise DataError(f"{path}: this is no manifest of a shard; write the shard again with tools/preprocess_data.py")
-    if manifest.get("version") != SHARD_VERSION:
-        raise DataError(
-            f"{path}: shard version {brief(manifest.get('version'))} is unknown, this program reads version "
-            f"{SHARD_VERSION}; write the shard again with tools/preprocess_data.py"
-        )
-    fault = misfit(manifest, _MANIFEST_SHAPE)
-    if fault:
-        raise DataError(f"{path}: this is no manifest of a shard: {fault}; write the shard again")
-    if manifest_text(manifest).encode() != content:
-        raise DataError(f"{path}: the manifest was changed after it was written; write the shard again")
-    return manifest
-
-
-def _missing(prefix: Path | str) -> str:
-    """Why a shard without manifest isn't there, in half a sentence."""
-    if shard_path(prefix, ".bin").exists() and shard_path(prefix, ".idx").exists():
-        return (
-            "the shard has no manifest, so writing it was not finished; run tools/preprocess_data.py again, "
-            "or open a text shard made by Megatron's own tool with format: megatron"
-        )
-    return "there is no shard of this prefix; check data.sources or write it with tools/preprocess_data.py"
-
-
 class Shard:
     """An open shard: memory maps of its tokens and index. Open it with :meth:`open`.
 
@@ -337,8 +244,7 @@ class Shard:
         lengths: int32 [segments].
         positions: int64 [segments], first *byte* of each segment; :meth:`starts` gives tokens.
         first_segments: int64 [documents + 1].
-        types: int8 [segments], TokenType values.
-        has_loss: bool [segments].
+        modes: int8 [segments], mode bytes; zeros in a shard of Megatron's own tool.
         ends_with_eod: whether documents hold their own end-of-document token.
     """
 
@@ -354,19 +260,7 @@ class Shard:
         self.first_segments = index.first_segments
         self.tokens = np.asarray(np.memmap(shard_path(prefix, ".bin"), mode="r", dtype=index.dtype))
         self.ends_with_eod = format == "megatron"
-        if index.modes is None:
-            self.types = np.broadcast_to(np.int8(TokenType.TEXT), index.num_segments)
-            self.has_loss = np.broadcast_to(np.bool_(True), index.num_segments)
-        else:
-            index_file = str(shard_path(prefix, ".idx"))
-            self.types, self.has_loss = split_modes(index.modes, file=index_file)
-            unknown = ~np.isin(self.types, SEGMENT_TYPES)
-            if unknown.any():
-                name = TokenType(int(self.types[unknown][0])).name.lower()
-                raise DataError(
-                    f"{index_file}: segment {int(np.flatnonzero(unknown)[0])} is of type {name}, which shards of "
-                    f"version {SHARD_VERSION} do not hold; write the shard again with tools/preprocess_data.py"
-                )
+        self.modes = np.broadcast_to(np.int8(0), index.num_segments) if index.modes is None else index.modes
 
     @classmethod
     def open(
@@ -398,17 +292,35 @@ class Shard:
             shard._warn_of_other_eod(vocabulary)
             return shard
         manifest = read_manifest(prefix)
-        _check_files(prefix, manifest, hashed=("index", *hashed))
-        if vocabulary is not None and manifest["vocabulary"] != vocabulary.digest:
-            raise DataError(
-                f"{shard_path(prefix, '.manifest.json')}: the shard was written with vocabulary "
-                f"{brief(manifest['vocabulary'][:12])}, this run uses {vocabulary.digest[:12]}; set model.vocabulary "
-                "to the layout of the corpus or write the shard again"
-            )
+        check_files(prefix, manifest, hashed=("index", *hashed))
+        check_vocabulary(prefix, manifest, vocabulary)
         index = read_index(shard_path(prefix, ".idx"), with_modes=True)
         _check_tokens_size(prefix, index)
         _check_counts(prefix, manifest, index)
+        _check_modes(prefix, index)
         return cls(prefix=prefix, format=format, index=index, manifest=manifest)
+
+    @classmethod
+    def reopen(cls, prefix: Path, *, format: ShardFormat, manifest: dict[str, Any] | None) -> Self:
+        """Map a shard that this process has checked before and whose files haven't changed since."""
+        index = read_index(shard_path(prefix, ".idx"), with_modes=manifest is not None, checked=True)
+        return cls(prefix=prefix, format=format, index=index, manifest=manifest)
+
+    def opened(self) -> Self:
+        """The shard itself; see :meth:`symbiotic.data.lazy_shards.LazyShard.opened`."""
+        return self
+
+    map_files = opened
+
+    @property
+    def types(self) -> np.ndarray:
+        """int8 [segments], TokenType values; made from the modes at each call."""
+        return self.modes & np.int8(TYPE_MASK)
+
+    @property
+    def has_loss(self) -> np.ndarray:
+        """bool [segments]; made from the modes at each call."""
+        return (self.modes & np.int8(NO_LOSS_BIT)) == 0
 
     @property
     def num_documents(self) -> int:
@@ -519,25 +431,18 @@ def _check_counts(prefix: Path, manifest: dict[str, Any], index: SegmentIndex) -
             )
 
 
-def _check_files(prefix: Path, manifest: dict[str, Any], *, hashed: Sequence[str]) -> None:
-    """Compare the files of a shard with the manifest: sizes of all, digests of the roles in ``hashed``."""
-    for role, suffix in FILE_SUFFIXES.items():
-        path, expected = shard_path(prefix, suffix), manifest["files"][role]
-        if path.name != expected["name"]:
+def _check_modes(prefix: Path, index: SegmentIndex) -> None:
+    """Refuse modes that shards of this version don't hold."""
+    file = str(shard_path(prefix, ".idx"))
+    for first in range(0, index.num_segments, CHUNK_SEGMENTS):
+        types, _ = split_modes(index.modes[first : first + CHUNK_SEGMENTS], file=file)
+        unknown = np.flatnonzero(~np.isin(types, SEGMENT_TYPES))
+        if len(unknown):
+            name = TokenType(int(types[unknown[0]])).name.lower()
             raise DataError(
-                f"{shard_path(prefix, '.manifest.json')}: the manifest belongs to {brief(expected['name'])}; "
-                "a shard can't be renamed, write it again under the new name"
+                f"{file}: segment {first + int(unknown[0])} is of type {name}, which shards of "
+                f"version {SHARD_VERSION} do not hold; write the shard again with tools/preprocess_data.py"
             )
-        if not path.exists():
-            raise DataError(f"{path}: the file is missing; copy the whole shard or write it again")
-        size = path.stat().st_size
-        if size != expected["size"]:
-            raise DataError(
-                f"{path}: the file has {size} bytes where the manifest says {expected['size']}; "
-                "it was cut or changed, copy the shard again"
-            )
-        if role in hashed and sha256_of(path) != expected["sha256"]:
-            raise DataError(f"{path}: the content differs from the manifest's SHA-256; copy the shard again")
 
 
 def verify_shard(prefix: Path | str, *, vocabulary: VocabularyLayout | None = None) -> dict[str, Any]:
@@ -555,7 +460,7 @@ def verify_shard(prefix: Path | str, *, vocabulary: VocabularyLayout | None = No
     """
     prefix = Path(prefix)
     manifest = read_manifest(prefix)
-    _check_files(prefix, manifest, hashed=tuple(FILE_SUFFIXES))
+    check_files(prefix, manifest, hashed=tuple(FILE_SUFFIXES))
     shard = Shard.open(prefix, vocabulary=vocabulary)
     rows = shard.read_documents().num_rows
     if rows != shard.num_documents:
@@ -590,10 +495,11 @@ def _verify_ids(shard: Shard, vocabulary: VocabularyLayout) -> None:
     """Check every id of a shard against the type of its segment, some thousand segments at a time."""
     rules = SegmentRules(vocabulary)
     step = 1 << 14
+    types = shard.types
     for first in range(0, shard.num_segments, step):
         lengths = shard.lengths[first : first + step].astype(np.int64)
         start = int(shard.starts(slice(first, first + 1))[0])
         tokens = shard.tokens[start : start + int(lengths.sum())]
-        fault = rules.fault(tokens, lengths=lengths, types=shard.types[first : first + step], first_segment=first)
+        fault = rules.fault(tokens, lengths=lengths, types=types[first : first + step], first_segment=first)
         if fault is not None:
             raise DataError(f"{shard_path(shard.prefix, '.bin')}: {fault}; write the shard again")

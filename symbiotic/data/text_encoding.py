@@ -105,7 +105,9 @@ def probe_texts(tokenizer: Tokenizer) -> list[str]:
         ],
     ]
     alphabets.append([chr(code) for code in draw.sample(range(0x110000), 400) if not 0xD800 <= code < 0xE000])
-    texts = [ROUND_TRIP_PROBE, " ", "\u2581", " a", "a ", "\n", *filter(None, pieces)]
+    # A text that spells a control or a byte piece is text: no encoder may take it for the piece.
+    names = [tokenizer.spelling(piece) for piece, decoded in enumerate(pieces) if tokenizer.spelling(piece) != decoded]
+    texts = [ROUND_TRIP_PROBE, " ", "\u2581", " a", "a ", "\n", *filter(None, pieces), *filter(None, names)]
     for _ in range(_MIXTURES):
         alphabet = draw.choice(alphabets) + draw.choice(alphabets)
         texts.append("".join(draw.choices(alphabet, k=draw.randint(1, 40))) or " ")

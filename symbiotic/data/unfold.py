@@ -18,11 +18,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from symbiotic.data.lazy_shards import LazyShard
 from symbiotic.data.packing import Pieces
 from symbiotic.data.segments import ResolutionTable, is_image
 from symbiotic.data.shards import Shard, shard_path
 from symbiotic.errors import DataError
-from symbiotic.tokens.types import NUM_TOKEN_TYPES, LossClass, TokenType
+from symbiotic.tokens.types import NO_LOSS_BIT, NUM_TOKEN_TYPES, TYPE_MASK, LossClass, TokenType
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
 NO_DOCUMENT = -1
@@ -58,7 +59,7 @@ def unfolded_lengths(lengths: np.ndarray, types: np.ndarray, rows: np.ndarray) -
 class ShardSet:
     """Several shards of one format as one run of documents, numbered from 0 in the order of the shards."""
 
-    def __init__(self, shards: Sequence[Shard], *, vocabulary: VocabularyLayout) -> None:
+    def __init__(self, shards: Sequence[Shard | LazyShard], *, vocabulary: VocabularyLayout) -> None:
         self.shards = list(shards)
         self.adds_eod = not self.shards[0].ends_with_eod
         self.resolutions = ResolutionTable(vocabulary)
@@ -107,7 +108,6 @@ class _Segments:
     """
 
     piece_K: np.ndarray
-    shard_K: np.ndarray
     start_K: np.ndarray
     length_K: np.ndarray
     type_K: np.ndarray
@@ -153,8 +153,10 @@ class WindowReader:
         if not len(pieces):
             return sample
         shard_P, document_P = self._shards.locate(pieces.documents)
-        segments = self._segments(pieces, shard_P, document_P)
-        raw, place_K = self._raw_tokens(segments, shard_P)
+        # Held for the length of this call: a shard that another piece drives out of the open ones stays mapped.
+        opened = [self._shards.shards[number].opened() for number in shard_P.tolist()]
+        segments = self._segments(pieces, opened, document_P)
+        raw, place_K = self._raw_tokens(segments, opened)
         stream = self._stream(segments, raw, place_K)
 
         lengths_P = pieces.lengths.astype(np.int64)
@@ -185,9 +187,9 @@ class WindowReader:
             "documents": np.empty((0, 2), dtype=np.int64),
         }
 
-    def _segments(self, pieces: Pieces, shard_P: np.ndarray, document_P: np.ndarray) -> _Segments:
+    def _segments(self, pieces: Pieces, opened: Sequence[Shard], document_P: np.ndarray) -> _Segments:
         """The segments that reach into the window, with the stretch of each that is needed."""
-        segments, count_P = self._document_segments(shard_P, document_P)
+        segments, count_P = self._document_segments(opened, document_P)
         stream_K = segments.content_K + segments.last_K * (int(self._shards.adds_eod) + 1)
         start_K = np.cumsum(stream_K) - stream_K
         first_P = np.cumsum(count_P) - count_P
@@ -199,38 +201,46 @@ class WindowReader:
         needed = segments.high_K > segments.low_K
         return segments if needed.all() else segments.keep(needed)
 
-    def _document_segments(self, shard_P: np.ndarray, document_P: np.ndarray) -> tuple[_Segments, np.ndarray]:
+    def _image_sizes(
+        self, opened: Sequence[Shard], piece_I: np.ndarray, start_I: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and columns of images, by their pieces and first tokens."""
+        places = list(zip(piece_I.tolist(), start_I.tolist(), strict=True))
+        rows_I, columns_I = self._shards.resolutions.lookup(np.array([opened[p].tokens[start] for p, start in places]))
+        if not rows_I.all():
+            wrong = int(np.argmin(rows_I))
+            self._shards.image_sizes(opened[places[wrong][0]], start_I[wrong : wrong + 1])
+        return rows_I, columns_I
+
+    def _document_segments(self, opened: Sequence[Shard], document_P: np.ndarray) -> tuple[_Segments, np.ndarray]:
         """All segments of some documents, whole, and how many each document has."""
-        shards = self._shards.shards
-        used = [0] if len(shards) == 1 else np.unique(shard_P).tolist()
-        first_P, count_P = np.empty_like(document_P), np.empty_like(document_P)
-        for number in used:
-            mine = shard_P == number
-            boundaries, documents = shards[number].first_segments, document_P[mine]
-            first_P[mine] = boundaries[documents]
-            count_P[mine] = boundaries[documents + 1] - boundaries[documents]
-        segment_K, shard_K = _ranges(first_P, count_P), np.repeat(shard_P, count_P)
-        start_K, length_K = np.empty_like(segment_K), np.empty_like(segment_K)
-        rows_K, columns_K = np.zeros_like(segment_K), np.zeros_like(segment_K)
-        type_K, loss_K = np.empty(len(segment_K), dtype=np.int8), np.empty(len(segment_K), dtype=bool)
-        for number in used:
-            mine = shard_K == number
-            shard, numbers = shards[number], segment_K[mine]
-            start_K[mine], length_K[mine] = shard.starts(numbers), shard.lengths[numbers]
-            type_K[mine], loss_K[mine] = shard.types[numbers], shard.has_loss[numbers]
-            images = np.flatnonzero(mine)[is_image(shard.types[numbers])]
-            if len(images):
-                rows_K[images], columns_K[images] = self._shards.image_sizes(shard, start_K[images])
-        last_K = np.zeros(len(segment_K), dtype=bool)
+        count_P, starts, lengths, modes = [], [], [], []
+        for shard, document in zip(opened, document_P.tolist(), strict=True):
+            first, last = shard.first_segments.item(document), shard.first_segments.item(document + 1)
+            count_P.append(last - first)
+            starts.append(shard.positions[first:last])
+            lengths.append(shard.lengths[first:last])
+            modes.append(shard.modes[first:last])
+        count_P = np.array(count_P)
+        piece_K = np.repeat(np.arange(len(opened)), count_P)
+        mode_K = np.concatenate(modes)
+        type_K = mode_K & np.int8(TYPE_MASK)
+        token_bytes_P = np.array([shard.index.dtype.itemsize for shard in opened])
+        start_K = np.concatenate(starts) // token_bytes_P[piece_K]
+        length_K = np.concatenate(lengths, dtype=np.int64)
+        rows_K, columns_K = np.zeros_like(start_K), np.zeros_like(start_K)
+        images = np.flatnonzero(is_image(type_K))
+        if len(images):
+            rows_K[images], columns_K[images] = self._image_sizes(opened, piece_K[images], start_K[images])
+        last_K = np.zeros(len(start_K), dtype=bool)
         last_K[np.cumsum(count_P) - 1] = True
         content_K = unfolded_lengths(length_K, type_K, rows_K)
         segments = _Segments(
-            piece_K=np.repeat(np.arange(len(shard_P)), count_P),
-            shard_K=shard_K,
+            piece_K=piece_K,
             start_K=start_K,
             length_K=length_K,
             type_K=type_K,
-            loss_K=loss_K,
+            loss_K=(mode_K & np.int8(NO_LOSS_BIT)) == 0,
             columns_K=columns_K,
             content_K=content_K,
             last_K=last_K,
@@ -239,7 +249,7 @@ class WindowReader:
         )
         return segments, count_P
 
-    def _raw_tokens(self, segments: _Segments, shard_P: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _raw_tokens(self, segments: _Segments, opened: Sequence[Shard]) -> tuple[np.ndarray, np.ndarray]:
         """The tokens of the window as they stand in the shards, int64, and where each segment starts in them."""
         image_K = is_image(segments.type_K)
         from_K = segments.start_K + np.where(image_K, 0, np.minimum(segments.low_K, segments.length_K))
@@ -247,21 +257,18 @@ class WindowReader:
         new_piece = np.append(True, segments.piece_K[1:] != segments.piece_K[:-1])
         first_P = np.flatnonzero(new_piece)
         last_P = np.append(first_P[1:], len(new_piece)) - 1
-        shards = self._shards.shards
         # Segments of a document lie one behind the other, so a piece is one stretch of the .bin.
-        stretches = zip(shard_P.tolist(), from_K[first_P].tolist(), to_K[last_P].tolist(), strict=True)
-        raw = np.concatenate([shards[shard].tokens[start:end] for shard, start, end in stretches], dtype=np.int64)
+        stretches = zip(opened, from_K[first_P].tolist(), to_K[last_P].tolist(), strict=True)
+        raw = np.concatenate([shard.tokens[start:end] for shard, start, end in stretches], dtype=np.int64)
         if len(raw) and (int(raw.max()) >= self._token_limit or int(raw.min()) < 0):
-            self._refuse_tokens(raw, segments)
+            self._refuse_tokens(raw, opened)
         before_P = np.cumsum(to_K[last_P] - from_K[first_P]) - (to_K[last_P] - from_K[first_P])
         shift_P = before_P - from_K[first_P]
         return raw, segments.start_K + shift_P[np.cumsum(new_piece) - 1]
 
-    def _refuse_tokens(self, raw: np.ndarray, segments: _Segments) -> None:
+    def _refuse_tokens(self, raw: np.ndarray, opened: Sequence[Shard]) -> None:
         """Raise a DataError that names the shards of the window."""
-        names = sorted(
-            {str(shard_path(self._shards.shards[shard].prefix, ".bin")) for shard in segments.shard_K.tolist()}
-        )
+        names = sorted({str(shard_path(shard.prefix, ".bin")) for shard in opened})
         wrong = int(raw[(raw >= self._token_limit) | (raw < 0)][0])
         raise DataError(
             f"{' or '.join(names)}: holds id {wrong}, outside the {self._token_limit} ids the vocabulary allows here; "

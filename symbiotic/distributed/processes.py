@@ -153,9 +153,20 @@ def wait_for_all() -> None:
         torch.cuda.synchronize()  # NCCL's barrier returns when it is queued
 
 
-def destroy_processes() -> None:
-    """Leave all process groups. Does nothing where none exists."""
+def destroy_processes(*, failed: bool = False) -> None:
+    """Leave all process groups. Does nothing where none exists.
+
+    Args:
+        failed: this rank has failed, so collectives may be queued that the others wait for. NCCL's orderly shutdown
+            would wait for them too; they are aborted instead.
+    """
     if not dist.is_initialized():
+        return
+    if failed and dist.get_backend() == "nccl":
+        try:
+            dist.distributed_c10d._abort_process_group()
+        except Exception:  # the error that made this rank fail is the one to show
+            log.exception("the process groups could not be left")
         return
     from megatron.core import parallel_state
 

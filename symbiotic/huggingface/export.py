@@ -21,7 +21,7 @@ import jinja2
 import torch
 import transformers
 
-from symbiotic.data.codecs import PatchCodebook, load_codec
+from symbiotic.data.codecs import load_codec
 from symbiotic.errors import CheckpointError, DataError
 from symbiotic.files import fsync_folder, write_json, write_text
 from symbiotic.huggingface.architecture import huggingface_config
@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 MODELING_FOLDER = Path(__file__).parent / "modeling"
 MODELING_FILES = (
+    "codecs_symbiotic.py",
     "configuration_symbiotic.py",
     "generation_symbiotic.py",
     "modeling_symbiotic.py",
@@ -80,6 +81,7 @@ def export_checkpoint(
     *,
     tokenizer: Path | str | None = None,
     codec: Path | str | None = None,
+    copy_codec: bool = True,
     dtype: str | None = None,
     license_id: str = "unknown",
     max_shard_bytes: int = 5_000_000_000,
@@ -92,7 +94,9 @@ def export_checkpoint(
         source: what ``open_source`` returned.
         output: a folder that doesn't exist yet, or is empty.
         tokenizer: SentencePiece model or tokenizer.json; None takes the one beside the vocabulary.
-        codec: folder of the image codec, copied into the export; None leaves images to the user.
+        codec: folder of the image codec; None leaves images to the user.
+        copy_codec: copy that folder into the export; else only its path and digest are written down, for codecs
+            whose licence forbids to pass them on.
         dtype: ``float32``, ``bfloat16`` or ``float16``; None keeps each tensor as it is stored.
         license_id: licence of the weights, for the model card.
         max_shard_bytes: size of a safetensors file.
@@ -115,17 +119,19 @@ def export_checkpoint(
         dtype=dtype or main_dtype(source.weights),
     )
     pieces = Tokenizer(tokenizer or tokenizer_beside(source.vocabulary_path))
-    _check_codec(codec, source.vocabulary)
+    image_codec = describe_codec(codec, source.vocabulary, copied=copy_codec)
     rows = mapping_table(model)
     check_tensors(rows, source.weights)
     with written_at_once(output) as folder:
         # The tokenizer is compared as transformers loads it, so it comes before a config.json that asks for trust.
         write_tokenizer(folder, tokenizer=pieces, layout=source.vocabulary, max_length=model.max_position_embeddings)
-        write_config(folder, model)
+        write_config(folder, model, image_codec=image_codec)
         for name in MODELING_FILES:
             shutil.copyfile(MODELING_FOLDER / name, folder / name)
-        if codec is not None:
-            shutil.copytree(codec, folder / CODEC_FOLDER)
+        if codec is not None and copy_codec:
+            # Only data travels: code beside a network is not needed, and would not be run.
+            ignored = shutil.ignore_patterns("*.py", "__pycache__", ".*")
+            shutil.copytree(codec, folder / CODEC_FOLDER, ignore=ignored)
         write_text(folder / "chat_template.jinja", template)
         write_training_files(folder, source, tokenizer=pieces)
         plans = write_weights(
@@ -133,7 +139,7 @@ def export_checkpoint(
         )
         card = model_card(
             model, source.origin, plans=plans, layout=source.vocabulary,
-            partition_hash=source.partition.hash, license_id=license_id, has_codec=codec is not None,
+            partition_hash=source.partition.hash, license_id=license_id, codec=image_codec,
         )  # fmt: skip
         write_text(folder / "README.md", card)
     log.info("%s: exported %s (%d tensors)", output, source.folder, len(plans))
@@ -178,21 +184,23 @@ def main_dtype(weights: Weights) -> str:
     return str(weights.dtype(EMBEDDING_KEY)).removeprefix("torch.")
 
 
-def _check_codec(codec: Path | str | None, vocabulary: VocabularyLayout) -> None:
+def describe_codec(codec: Path | str | None, vocabulary: VocabularyLayout, *, copied: bool) -> dict[str, str] | None:
+    """What the processor needs to know of the image codec: class and digest, and the path if it isn't copied.
+
+    Raises:
+        DataError: the folder holds no codec, or one of another size than the vocabulary's.
+    """
     if codec is None:
-        return
+        return None
     opened = load_codec(codec)
-    if not isinstance(opened, PatchCodebook):
-        raise DataError(
-            f"{codec}: an export holds patch codebooks only, not {type(opened).__name__}; leave --codec out and keep "
-            "the image tokenizer's folder beside the export"
-        )
     size = opened.codebook_size
     if size != vocabulary.codebook_size:
         raise DataError(
             f"{codec}: the codec has {size} codes, the vocabulary {vocabulary.codebook_size}; give the codec that the "
             "corpus was written with"
         )
+    known = {"class": type(opened).__name__, "digest": opened.digest}
+    return known if copied else known | {"path": str(Path(codec).resolve())}
 
 
 def check_tensors(rows: Sequence[Row], weights: Weights, *, whole: bool = True) -> None:
@@ -268,7 +276,7 @@ def write_weights(
     return plans
 
 
-def write_config(folder: Path, model: SymbioticConfig) -> None:
+def write_config(folder: Path, model: SymbioticConfig, *, image_codec: dict[str, str] | None = None) -> None:
     """Write ``config.json``, ``generation_config.json`` and ``processor_config.json``.
 
     Readers differ in the names they know, so the rotary base and the dtype are written under both.
@@ -293,6 +301,7 @@ def write_config(folder: Path, model: SymbioticConfig) -> None:
             "auto_map": {"AutoProcessor": f"processing_symbiotic.{PROCESSOR_CLASS}"},
             "token_types": model.token_types,
             "image_vocabulary": model.image_vocabulary,
+            **({"image_codec": image_codec} if image_codec else {}),
         },
     )
 

@@ -14,39 +14,11 @@ from typing import Any
 import numpy as np
 
 from symbiotic.config import Config, config_from_tree
+from symbiotic.config.megatron_fields import MODEL_FIELDS
 from symbiotic.errors import exits_on_user_error
 from symbiotic.files import replacing
 from symbiotic.huggingface.logit_batch import LogitBatch
 from symbiotic.huggingface.source import Source, open_source
-
-MODEL_FIELDS = (
-    "activation_func",
-    "add_qkv_bias",
-    "apply_residual_connection_post_layernorm",
-    "ffn_hidden_size",
-    "gated_linear_unit",
-    "hidden_size",
-    "kv_channels",
-    "layernorm_epsilon",
-    "layernorm_zero_centered_gamma",
-    "moe_ffn_hidden_size",
-    "moe_router_dtype",
-    "moe_router_enable_expert_bias",
-    "moe_router_pre_softmax",
-    "moe_router_score_function",
-    "moe_router_topk",
-    "moe_router_topk_scaling_factor",
-    "moe_shared_expert_gate",
-    "moe_shared_expert_intermediate_size",
-    "normalization",
-    "num_attention_heads",
-    "num_query_groups",
-    "qk_layernorm",
-    "rotary_interleaved",
-    "softmax_scale",
-)
-"""TransformerConfig fields that decide what the model computes; the others (parallel sizes, precision, fusions,
-recompute) are of the machine that trained it."""
 
 
 def single_process_config(config: Config) -> Config:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from symbiotic.huggingface.homes import Home
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
@@ -42,7 +42,7 @@ def model_card(
     layout: VocabularyLayout,
     partition_hash: str,
     license_id: str,
-    has_codec: bool,
+    codec: Mapping[str, str] | None,
 ) -> str:
     """The card as Markdown with the Hub's front matter.
 
@@ -53,7 +53,7 @@ def model_card(
         layout: the vocabulary.
         partition_hash: hash of the expert partition.
         license_id: licence of the weights.
-        has_codec: whether the image codec is in the folder.
+        codec: class and digest of the image codec, and its path if it is not in the folder; None without one.
     """
     sources = ", ".join(origin.data) or "not recorded"
     lines = [
@@ -68,7 +68,7 @@ def model_card(
         "A mixture-of-experts transformer that reads and draws images. Every token's type picks the expert group that",
         "it is routed in; the shared expert sees all tokens.",
         "",
-        *_size_table(model, plans, layout=layout, has_codec=has_codec),
+        *_size_table(model, plans, layout=layout, codec=codec),
         "",
         *_group_table(model),
         "",
@@ -91,12 +91,19 @@ def model_card(
 
 
 def _size_table(
-    model: SymbioticConfig, plans: Sequence[TensorPlan], *, layout: VocabularyLayout, has_codec: bool
+    model: SymbioticConfig,
+    plans: Sequence[TensorPlan],
+    *,
+    layout: VocabularyLayout,
+    codec: Mapping[str, str] | None,
 ) -> list[str]:
     images = "none"
     if model.image_vocabulary:
         sizes = ", ".join(f"{rows}x{columns}" for _, rows, columns in model.image_vocabulary["resolutions"])
-        where = "in `codec/`" if has_codec else "not in this folder"
+        where = "not in this folder"
+        if codec is not None:
+            place = "not in this folder, so name it with `codec=FOLDER`" if "path" in codec else "in `codec/`"
+            where = f"`{codec['class']}` (digest `{codec['digest']}`) {place}"
         images = f"{model.image_vocabulary['codebook_size']} for images of {sizes} codes; the codec is {where}"
     return [
         "| | |",

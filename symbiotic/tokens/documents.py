@@ -233,6 +233,8 @@ def _loss(segment: dict[str, Any], place: str, *, default: bool) -> bool:
 def _check_keys(value: Any, place: str, *, required: tuple[str, ...], optional: tuple[str, ...]) -> None:
     if not isinstance(value, dict):
         raise DataError(f"{place} is {_kind(value)}; write an object with the keys {', '.join(required)}")
+    if len(value) == len(required) and all(map(value.__contains__, required)):
+        return
     for key in value:
         if key not in required and key not in optional:
             raise DataError(f"{place} has the unknown key {key!r}; it may have {', '.join(required + optional)}")

@@ -5,7 +5,8 @@ so nothing a user writes can turn into one.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,44 @@ def tokenizer_beside(vocabulary: Path) -> Path:
     return next((path for path in found if path.exists()), found[0])
 
 
+def train_model(texts: Iterable[str], *, size: int, path: Path | str, num_sampled: int | None = None) -> bytes:
+    """The file of a byte-fallback BPE of ``size`` pieces, trained on ``texts``.
+
+    Args:
+        texts: read once, one after the other; SentencePiece keeps all that it trains on in memory.
+        size: number of pieces, byte pieces included.
+        path: what the model will be called, for messages.
+        num_sampled: train on so many texts, drawn while all are read, the same in every run; None trains on all.
+
+    Raises:
+        DataError: SentencePiece can't make that many pieces of these texts; also what reading ``texts`` raises.
+    """
+    sampling = {} if num_sampled is None else {"input_sentence_size": num_sampled, "shuffle_input_sentence": True}
+    failed: list[Exception] = []
+
+    def read_all() -> Iterator[str]:
+        # SentencePiece turns whatever an iterator raises into an error of its own, as if training had failed.
+        try:
+            yield from texts
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=read_all(), model_writer=model, vocab_size=size, **TRAINING_OPTIONS, **sampling
+        )
+    except RuntimeError as error:
+        if failed:
+            raise failed[0] from None
+        raise DataError(
+            f"{path}: a tokenizer of {size} pieces can't be trained on this text ({error}); change --size or give "
+            "more text"
+        ) from error
+    return model.getvalue()
+
+
 class Tokenizer:
     """A SentencePiece model or a Hugging Face ``tokenizer.json``: text to piece ids and back.
 
@@ -58,20 +97,15 @@ class Tokenizer:
         digest: hexadecimal SHA-256 of the file.
     """
 
-    def __init__(self, path: Path | str) -> None:
-        """Load a file; a JSON object is a ``tokenizer.json``.
+    def __init__(self, path: Path | str, *, content: bytes | None = None) -> None:
+        """Load a file; a JSON object is a ``tokenizer.json``. With ``content`` the file needn't be there yet.
 
         Raises:
             DataError: the file is missing or holds no tokenizer of either kind.
         """
         self.path = Path(path)
-        try:
-            content = self.path.read_bytes()
-        except OSError as error:
-            raise DataError(
-                f"{path}: the tokenizer can't be read ({error.strerror}); give a SentencePiece tokenizer.model or a "
-                "Hugging Face tokenizer.json"
-            ) from error
+        if content is None:
+            content = _read(self.path)
         self._model: _SentencePieceModel | TokenizersModel
         if content.lstrip()[:1] == b"{":
             self.file_name = TOKENIZERS_FILE
@@ -90,17 +124,10 @@ class Tokenizer:
             DataError: SentencePiece can't make that many pieces of these texts.
         """
         path = Path(path)
+        content = train_model(texts, size=size, path=path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with replacing(path) as file:
-                sentencepiece.SentencePieceTrainer.train(
-                    sentence_iterator=iter(texts), model_writer=file, vocab_size=size, **TRAINING_OPTIONS
-                )
-        except RuntimeError as error:
-            raise DataError(
-                f"{path}: a tokenizer of {size} pieces can't be trained on this text ({error}); change --size or give "
-                "more text"
-            ) from error
+        with replacing(path) as file:
+            file.write(content)
         return cls(path)
 
     def encode(self, text: str) -> np.ndarray:
@@ -126,9 +153,23 @@ class Tokenizer:
             )
         return self._model.decode(values.tolist())
 
+    def spelling(self, piece: int) -> str:
+        """How the file spells a piece: controls and bytes, which decode to something else or nothing, have a name."""
+        return self._model.spelling(piece)
+
     def round_trips(self, text: str = ROUND_TRIP_PROBE) -> bool:
         """Whether a text survives encode and decode; a model with a lossy normaliser fails on the default probe."""
         return self.decode(self.encode(text)) == text
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: the tokenizer can't be read ({error.strerror}); give a SentencePiece tokenizer.model or a "
+            "Hugging Face tokenizer.json"
+        ) from error
 
 
 class _SentencePieceModel:
@@ -151,3 +192,6 @@ class _SentencePieceModel:
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
+
+    def spelling(self, piece: int) -> str:
+        return self._processor.id_to_piece(piece)

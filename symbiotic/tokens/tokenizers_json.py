@@ -58,3 +58,7 @@ class TokenizersModel:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of piece ids, special tokens spelled out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def spelling(self, piece: int) -> str:
+        """How the file spells a piece; empty where no piece has the id."""
+        return self._tokenizer.id_to_token(piece) or ""

@@ -13,6 +13,9 @@ from symbiotic.errors import DataError
 NUM_TOKEN_TYPES = 16
 """Length of a table indexed by token type: the low four bits of a segment's mode byte."""
 
+TYPE_MASK = 0x0F
+"""Bits 0 to 3 of a segment's mode byte: its token type."""
+
 NO_LOSS_BIT = 0x10
 """Bit 4 of a segment's mode byte: no label inside the segment is trained on."""
 

@@ -11,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from symbiotic.config import Config, layer_pattern, save_config
 from symbiotic.config.megatron import ddp_config, optimizer_config, transformer_config
 from symbiotic.data.blend import BlendedDataset
-from symbiotic.data.sources import build_training_dataset
+from symbiotic.data.sources import build_training_dataset, fill_cache
 from symbiotic.distributed.agreement import on_rank_zero
 from symbiotic.files import reporting_unwritable
 from symbiotic.model.from_config import plan_from_config
@@ -30,13 +30,20 @@ from symbiotic.training.callbacks.non_finite import NonFiniteSteps
 from symbiotic.training.callbacks.routing import RoutingMetrics
 from symbiotic.training.callbacks.scalars import TensorBoard, WeightsAndBiases
 from symbiotic.training.checkpoint.manager import CheckpointManager
-from symbiotic.training.checkpoint.storage import CheckpointStore, find_checkpoint
+from symbiotic.training.checkpoint.storage import CheckpointStore
 from symbiotic.training.chunks import build_chunks, wrap_chunks
 from symbiotic.training.data import held_out_sources, training_loader
 from symbiotic.training.optimizer import build_optimizer, count_by_role
 from symbiotic.training.roles import RoleRates, matching_roles, rate_table
 from symbiotic.training.schedule import Schedule
-from symbiotic.training.setup import balance_names, choose_partition, model_shape, run_identity, step_to_resume
+from symbiotic.training.setup import (
+    balance_names,
+    checkpoint_to_load,
+    choose_partition,
+    model_shape,
+    run_identity,
+    step_to_resume,
+)
 from symbiotic.training.stages import StageTable
 from symbiotic.training.state import seed_everything
 from symbiotic.training.step import TrainStep
@@ -57,8 +64,13 @@ def build_trainer(config: Config) -> Trainer:
     )
     resumed_step = step_to_resume(config, store)
     vocabulary = VocabularyLayout.load(config.model.vocabulary)
-    partition = choose_partition(config, resume_from=None if resumed_step is None else store.path(resumed_step))
+    source = checkpoint_to_load(config)
+    resume_from = None if resumed_step is None else store.path(resumed_step)
+    partition = choose_partition(config, source=source, resume_from=resume_from)
     transformer = transformer_config(config)
+    if config.data.cache is not None and torch.distributed.get_world_size() > 1:
+        # One process scans the corpora; the others, and the validation loaders below, find what it wrote.
+        on_rank_zero(lambda: fill_cache(config, vocabulary=vocabulary))
     dataset = build_training_dataset(config, vocabulary=vocabulary)
     step = _build_step(config, transformer=transformer, partition=partition, vocabulary=vocabulary)
     checkpoints = CheckpointManager(
@@ -87,8 +99,8 @@ def build_trainer(config: Config) -> Trainer:
     )
     if resumed_step is not None:
         trainer.resume(resumed_step)
-    elif config.checkpoint.load is not None:
-        trainer.load_weights(find_checkpoint(config.checkpoint.load))
+    elif source is not None:
+        trainer.load_weights(source)
     on_rank_zero(lambda: _write_run_folder(config, partition))
     return trainer
 

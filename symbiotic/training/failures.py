@@ -50,11 +50,13 @@ class FailureReport:
             if cause is not None:
                 return self._told(RankLostError(cause))
         reason = str(error) if isinstance(error, UserError) else f"rank {self._rank}: {type(error).__name__}: {error}"
+        first = self._write(reason, resumable=getattr(error, "resumable", True))
         if self.watch is not None:
+            # After the verdict, which a slow disk may keep: once the cause is known a process has seconds to end.
             self.watch.tell(reason)
         if not self._lock.held:
             return error
-        if self._write(reason, resumable=getattr(error, "resumable", True)):
+        if first:
             set_told(error, elsewhere=False)
             return error
         if isinstance(error, UserError):

@@ -48,6 +48,7 @@ def train(config: Config, *, signals: StopSignals | None = None, started: float 
     borrowed, signals = signals is None, signals or StopSignals()
     lock = RunLock(folder)
     report = FailureReport(folder, lock=lock, rank=place.rank)
+    failed = False
     try:
         if place.rank == 0:
             lock.take()
@@ -61,11 +62,14 @@ def train(config: Config, *, signals: StopSignals | None = None, started: float 
         trainer.callbacks += _launch_callbacks(config, signals=signals, watch=report.watch, started=started)
         verdict = trainer.fit()
         on_rank_zero(lambda: verdict.write(folder))
+        # A launcher that sees the first process end asks the others to end too, or ends them: so all that takes time,
+        # such as uploads of curves, comes before the barrier.
+        trainer.close()
         wait_for_all()
-        # A launcher that sees the first process end asks the others to end too, while they are at it.
         signals.disregard()
         return verdict
     except BaseException as error:
+        failed = True
         explained = report.explain(error)
         signals.tell(None)
         if explained is error:
@@ -76,7 +80,7 @@ def train(config: Config, *, signals: StopSignals | None = None, started: float 
             report.watch.leave()
         if report.trainer is not None:
             report.trainer.close()
-        destroy_processes()
+        destroy_processes(failed=failed)
         lock.release()
         if borrowed:
             signals.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from symbiotic.config import Config, layer_pattern, parallel_layout
 from symbiotic.config.megatron import transformer_config
-from symbiotic.config.megatron_fields import value_of
+from symbiotic.config.megatron_fields import MODEL_FIELDS, value_of
+from symbiotic.distributed.agreement import on_rank_zero
 from symbiotic.errors import CheckpointError
 from symbiotic.model.balance import KINDS, ORTHOGONALITY
 from symbiotic.model.from_config import partition_from_config
@@ -23,27 +25,6 @@ from symbiotic.training.schedule import Schedule
 from symbiotic.training.throughput import ModelShape
 
 log = logging.getLogger(__name__)
-
-MODEL_FIELDS = (
-    "hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
-    "ffn_hidden_size",
-    "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size",
-    "moe_shared_expert_gate",
-    "normalization",
-    "layernorm_epsilon",
-    "moe_router_topk",
-    "moe_router_score_function",
-    "moe_router_pre_softmax",
-    "moe_router_enable_expert_bias",
-    "gated_linear_unit",
-    "qk_layernorm",
-    "add_qkv_bias",
-)
-"""Fields of TransformerConfig with which equal weights compute something else, or that are the model's sizes."""
 
 
 def check_layout_supported(config: Config) -> None:
@@ -75,18 +56,32 @@ def step_to_resume(config: Config, store: CheckpointStore) -> int | None:
     return step
 
 
-def choose_partition(config: Config, *, resume_from: Path | None) -> ExpertPartition:
+def checkpoint_to_load(config: Config) -> Path | None:
+    """The checkpoint that ``checkpoint.load`` names, the same on all ranks. Collective.
+
+    Rank 0 alone looks: the run that is named may be saving at this moment, and the file servers' clients don't see a
+    new checkpoint at the same time.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    load = config.checkpoint.load
+    return None if load is None else on_rank_zero(lambda: find_checkpoint(load))
+
+
+def choose_partition(config: Config, *, source: Path | None, resume_from: Path | None) -> ExpertPartition:
     """The partition of a run: the table in the checkpoint it starts from, else the configured one. Collective.
 
     Args:
         config: the resolved configuration.
+        source: of :func:`checkpoint_to_load`.
         resume_from: the checkpoint that this launch goes on from.
 
     Raises:
         CheckpointError: the checkpoint has another partition than the configuration asks for, with both hashes.
         ConfigError: a table doesn't fit the configured groups.
     """
-    configured = _starting_partition(config)
+    configured = _starting_partition(config, source)
     if resume_from is None:
         return configured
     saved = read_partition(resume_from)
@@ -108,12 +103,11 @@ def _partition_difference(saved: ExpertPartition | None, configured: ExpertParti
     return f"the run's expert partition is {found}, the configuration gives hash {configured.hash}"
 
 
-def _starting_partition(config: Config) -> ExpertPartition:
+def _starting_partition(config: Config, folder: Path | None) -> ExpertPartition:
     """The partition at step 0: of ``checkpoint.load`` where it has one, else ``partition.method``'s."""
     configured = partition_from_config(config)
-    if config.checkpoint.load is None:
+    if folder is None:
         return configured
-    folder = find_checkpoint(config.checkpoint.load)
     loaded = read_partition(folder)
     if loaded is None:
         return configured
@@ -147,6 +141,7 @@ def run_identity(config: Config, *, rates: RoleRates, vocabulary: VocabularyLayo
         "rates": dict(rates.peak),
         "schedule": _schedule_identity(config),
         "maop": {"roles": matching_roles(rates.peak, config.maop.roles)},
+        "shield": asdict(config.shield.targets),
         "skip_steps": {"steps": [[span.start, span.end] for span in config.training.skip_steps]},
         "data": {
             "vocabulary": vocabulary.digest,
@@ -157,7 +152,7 @@ def run_identity(config: Config, *, rates: RoleRates, vocabulary: VocabularyLayo
 
 
 def _model_identity(config: Config) -> dict[str, Any]:
-    """What the weights mean beyond their shapes."""
+    """What the weights mean beyond their shapes; the precision of the routers may change within a run."""
     model, transformer = config.model, transformer_config(config)
     routers = {name: {"types": sorted(router.types), "group": router.group} for name, router in config.routers.items()}
     return {
@@ -166,7 +161,7 @@ def _model_identity(config: Config) -> dict[str, Any]:
         "rotary_base": model.rotary_base,
         "rotary_percent": model.rotary_percent,
         "routers": routers,
-        **{name: getattr(transformer, name) for name in MODEL_FIELDS},
+        **{name: getattr(transformer, name) for name in MODEL_FIELDS if name != "moe_router_dtype"},
         "activation_func": transformer.activation_func.__name__,
     }
 

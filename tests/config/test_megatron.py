@@ -6,7 +6,7 @@ from symbiotic.config.megatron_fields import DDP, DEFAULTS, DERIVED, LIMITS, OPT
 from symbiotic.config.refused import REFUSALS
 from symbiotic.config.sizes import model_parts, parameters_by_role
 from tests.config.trees import config, tree, vocabulary
-from tests.support.ranks import run_ranks
+from tests.support.ranks import RankFailed, run_ranks
 
 CASES = "tests.config.cases_megatron"
 T = "TransformerConfig"
@@ -98,7 +98,6 @@ def test_the_optimizer_follows_precision_rates_and_the_distributed_optimizer():
         (T, "moe_aux_loss_coeff", 0.01, "0.01"),
         (T, "recompute_modules", None, "['core_attn']"),
         (T, "moe_z_loss_coeff", None, "None"),
-        (OPTIMIZER, "exp_avg_dtype", "float32", "torch.float32"),
         (OPTIMIZER, "grad_norm_skip_threshold", float("inf"), "inf"),
         (DDP, "param_name_patterns_for_fp32_local_accumulation", [], "()"),
     ],
@@ -131,10 +130,12 @@ def test_wrong_fields_types_and_combinations_are_one_sentence():
 def test_what_megatron_refuses_itself_is_one_sentence_too():
     [message] = run("refusals", section=T, entries=[("bias_activation_fusion", True)])
     assert message == ""
-    [message] = run("refusals", section=OPTIMIZER, entries=[("exp_avg_dtype", "bfloat16")])
-    assert message == (
-        "test.yaml: OptimizerConfig is refused by megatron-core: exp_avg_dtype can only be fp32 when not using "
-        "precision-aware optimizer; change the field that it names"
+    changes = {f"{T}/bias_activation_fusion": True, f"{T}/activation_func": "relu"}
+    with pytest.raises(RankFailed) as failure:
+        run("values", section=T, changes=changes, names=[])
+    assert str(failure.value.exceptions[0]) == (
+        "test.yaml: TransformerConfig is refused by megatron-core: When bias_activation_fusion is True, activation "
+        "function should be either gelu, swiglu, or quick_geglu; change the field that it names"
     )
 
 

@@ -96,8 +96,15 @@ FULL = {f"{T}.recompute_granularity": "full", f"{T}.recompute_method": "uniform"
     ("changes", "channels"),
     [
         ({}, DENSE + 3 * MIXTURE),
-        # Two layers a block keep their input, and one block is being recomputed.
-        (FULL, 4 * 2 * 48 + MIXTURE - 2 * 48),
+        # Two layers a block keep their input, and one layer is being recomputed.
+        (FULL, 4 * 2 * 48 + MIXTURE - ATTENTION - 48),
+        # Two groups of four layers, and the second one is being recomputed.
+        ({**FULL, f"{T}.recompute_num_layers": 4}, 2 * 48 + 2 * MIXTURE - 48),
+        # The dense block and the next attention keep their inputs, the rest everything.
+        (
+            {**FULL, f"{T}.recompute_method": "block", f"{T}.recompute_num_layers": 3},
+            3 * 48 + 3 * MIXTURE - ATTENTION + max(ATTENTION, DENSE - ATTENTION) - 48,
+        ),
         (recompute("moe"), DENSE + 3 * (ATTENTION + 2 * 48) + ROUTED + SHARED),
         (recompute("mlp"), ATTENTION + 2 * 48 + 3 * MIXTURE + 3 * 96),
         (recompute("shared_experts"), DENSE + 3 * MIXTURE - 2 * SHARED),

@@ -145,8 +145,12 @@ def test_a_text_without_a_token_is_rejected(files, tmp_path):
     layout.save(tmp_path / "v.json")
     stripping = DocumentEncoder(EncoderFiles(vocabulary=tmp_path / "v.json", tokenizer=tokenizer.path))
     texts = [["draw"], ["read", "  "], [" "], ["and", "draw"]]
-    batch = encode(stripping, *(record(*({"type": "text", "text": t} for t in row), id=row[0]) for row in texts))
+    records = [record(*({"type": "text", "text": text} for text in row), id=row[0]) for row in texts]
+    batch = stripping.encode_batch(
+        RawRecord("a.tar", line, value, num_bytes=10, member=f"key-{line}") for line, value in enumerate(records, 1)
+    )
     assert batch.ids == ["draw", "and"]
+    assert [rejection.to_json()["member"] for rejection in batch.rejections] == ["key-2", "key-3"]
     assert [rejection.line for rejection in batch.rejections] == [2, 3]
     assert "gives no token" in batch.rejections[0].reason
     assert [len(document) for document in batch.documents()] == [1, 2]

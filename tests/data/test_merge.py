@@ -1,5 +1,6 @@
 """Merged shards against one run, and shards that don't go together."""
 
+import os
 import subprocess
 import sys
 
@@ -50,6 +51,18 @@ def test_merging_keeps_documents_types_and_rows(tmp_path):
     assert verify_shard(tmp_path / "ab", vocabulary=VOCABULARY) == manifest
     for suffix in (".bin", ".idx"):
         assert shard_path(tmp_path / "ab", suffix).read_bytes() == shard_path(tmp_path / "all", suffix).read_bytes()
+
+
+def test_what_a_killed_merge_left_half_written_is_removed(tmp_path):
+    write_shard(tmp_path / "a", FIRST, VOCABULARY)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    left, at_work = (tmp_path / f".ab.bin.{process}.tmp" for process in (ended.pid, os.getppid()))
+    others = [tmp_path / f".abc.bin.{ended.pid}.tmp", tmp_path / f".ab.bin.{ended.pid}.old.tmp"]
+    for path in (left, at_work, *others):
+        path.write_bytes(b"half")
+    merge_shards([tmp_path / "a"], output=tmp_path / "ab", vocabulary=VOCABULARY)
+    assert sorted(tmp_path.glob(".*")) == sorted([at_work, *others])
 
 
 @pytest.mark.parametrize("suffix", FILE_SUFFIXES.values())

@@ -400,6 +400,21 @@ def test_the_commands_make_a_corpus_and_name_mistakes(corpus, tmp_path):
     assert result.returncode == 0
     assert result.stdout.splitlines()[1] == f"{vocabulary}: 448 ids (320 text part, 128 image part)"
 
+    # Nothing of what stands is touched before all is checked.
+    before = model.read_bytes(), vocabulary.read_bytes()
+    spoiled = tmp_path / "spoiled.jsonl"
+    spoiled.write_text(corpus[0].read_text() + '{"id": 4}\n')
+    for wrong, message in (
+        (("--codebook-size", 4, "--resolution", "2x2", "--resolution", "2x2"), "name one size twice"),
+        (("--multiple", 0), "multiple"),
+        (("--input-sentence-size", 100), "give at least 101"),
+        (("--input", spoiled), "spoiled.jsonl:301: the record lacks the key 'segments'"),
+    ):
+        result = tool(*train, *wrong)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+        assert message in result.stderr
+        assert (model.read_bytes(), vocabulary.read_bytes()) == before
+
     options = ("--output", tmp_path / "shard", "--vocabulary", vocabulary, "--tokenizer", model, "--codec", codec)
     result = tool("preprocess_data.py", "--input", pictures, *options, "--image-root", encoder_files.image_root)
     assert (result.returncode, result.stderr) == (0, "")
@@ -430,10 +445,14 @@ def test_a_tokenizer_json_goes_all_the_way(corpus, tmp_path):
         (("--tokenizer-json", corpus[0]), "not a tokenizer.json"),
         (("--tokenizer-json", copy, "--size", 300), "--size goes with --input"),
         (("--input", corpus[0]), "--size goes with --input"),
+        (("--tokenizer-json", copy, "--format", "text"), "--format does nothing without --input"),
     ):
         result = tool("train_tokenizer.py", *wrong, *layout)
         assert (result.returncode, result.stderr.count("\n")) == (1, 1)
         assert message in result.stderr
+    result = tool("train_tokenizer.py", "--tokenizer-json", copy, "--output", copy, "--resolution", "2x2")
+    assert (result.returncode, result.stdout) == (1, "")
+    assert "--resolution does nothing without --vocabulary" in result.stderr
 
     lines = corpus[1].read_text().splitlines()
     literal = {"id": "literal", "segments": [{"type": "text", "text": "</s> draw"}]}

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from symbiotic.data.text_encoding import TextEncoder, probe_texts
 from symbiotic.errors import DataError
-from symbiotic.tokens.tokenizer import ROUND_TRIP_PROBE, Tokenizer
+from symbiotic.tokens.tokenizer import ROUND_TRIP_PROBE, TRAINING_OPTIONS, Tokenizer
 
 TEXTS = ["draw seven", ROUND_TRIP_PROBE, " ", "read  and\n\ndraw", "ünï"]
 
@@ -65,6 +66,19 @@ def test_the_probe_tries_nearly_every_piece_and_byte(tokenizer):
     assert len(used) > 0.8 * tokenizer.size
     texts = "".join(probe_texts(tokenizer))
     assert all(part in texts for part in ("  ", "\n", "\t", "\u4e2d", "\U0001f642"))
+
+
+def test_a_back_end_that_takes_a_spelled_control_for_the_control_is_refused(tmp_path, monkeypatch):
+    with open(tmp_path / "m.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["draw and read seven pictures " * 20]), model_writer=file, vocab_size=280,
+            **TRAINING_OPTIONS | {"control_symbols": "[END]"},
+        )  # fmt: skip
+    tokenizer = Tokenizer(tmp_path / "m.model")
+    assert len(tokenizer.encode("[END]")) > 1
+    monkeypatch.setitem(sys.modules, "gigatoken", fake_gigatoken(tokenizer, wrong="[END]"))
+    with pytest.raises(DataError, match=r"gigatoken encodes '\[END\]' otherwise than SentencePiece"):
+        TextEncoder(tokenizer, backend="gigatoken")
 
 
 def test_gigatoken_itself_where_it_is_installed(tokenizer):

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch.distributed as dist
 
-from symbiotic.distributed.processes import Place, _gpu_of, check_layout, read_place
+from symbiotic.distributed.processes import Place, _gpu_of, check_layout, destroy_processes, read_place
 from symbiotic.errors import LaunchError
 from tests.support.ranks import run_ranks
 
@@ -99,3 +100,15 @@ def test_nobody_at_the_rendezvous():
         [sys.executable, "-c", start], env={**os.environ, **environment}, capture_output=True, text=True, timeout=60
     )
     assert "MeetingError: rank 1 of 2 could not meet the others at 127.0.0.1:1 (" in ended.stderr
+
+
+def test_a_rank_that_failed_under_nccl_aborts_its_groups(monkeypatch):
+    """An orderly shutdown would wait for collectives that never end; torch must still have the function."""
+    calls = []
+    assert callable(dist.distributed_c10d._abort_process_group)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: pytest.fail("waits for the other ranks"))
+    monkeypatch.setattr(dist.distributed_c10d, "_abort_process_group", lambda: calls.append("abort"))
+    destroy_processes(failed=True)
+    assert calls == ["abort"]

@@ -20,7 +20,6 @@ from symbiotic.huggingface.export import export_checkpoint
 from symbiotic.huggingface.source import open_source
 from symbiotic.model.partition import ExpertPartition
 from symbiotic.tokens.vocabulary import VocabularyLayout
-from tests.data.image_tokenizers import make_network, save_network
 from tests.huggingface.checkpoints import (
     Corpus,
     checkpoint_tensors,
@@ -208,12 +207,6 @@ def test_foreign_parts_are_refused(model: Model, corpus: Corpus, tmp_path: Path)
     source = open_source(model.checkpoint, config=model.config_path, vocabulary=tmp_path / "vocabulary.json")
     with pytest.raises(DataError, match="the codec has 16 codes, the vocabulary 8"):
         export_checkpoint(source, tmp_path / "out", tokenizer=corpus.tokenizer.path, codec=corpus.folder / "codec")
-
-
-def test_a_network_as_codec_is_refused(model: Model, tmp_path: Path) -> None:
-    pair = save_network("torchscript", make_network("torchscript"), tmp_path / "pair")
-    message = "an export holds patch codebooks only, not TorchScriptCodec; leave --codec out"
-    refusal(model, tmp_path / "out", DataError, message, codec=pair)
 
 
 def test_weights_without_configuration_ask_for_one(model: Model) -> None:

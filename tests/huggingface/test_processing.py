@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from symbiotic.data.dataset import SinglePass
 from symbiotic.data.shards import DocumentRecord, ShardWriter
 from symbiotic.data.sources import open_dataset
-from symbiotic.huggingface.modeling.processing_symbiotic import PatchCodec, SymbioticProcessor
+from symbiotic.huggingface.modeling.processing_symbiotic import SymbioticProcessor
 from symbiotic.huggingface.tokenizer import write_tokenizer
 from symbiotic.huggingface.vocabulary_tables import image_vocabulary
 from symbiotic.tokens.types import TokenType, mode_byte
@@ -27,7 +27,7 @@ def processor(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Symbi
     processor = SymbioticProcessor(
         AutoTokenizer.from_pretrained(folder), image_vocabulary=image_vocabulary(corpus.vocabulary)
     )
-    processor._codec = PatchCodec.load(corpus.folder / "codec")
+    processor._codec_folder = corpus.folder / "codec"
     return processor
 
 

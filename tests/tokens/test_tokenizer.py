@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from symbiotic.errors import DataError
-from symbiotic.tokens.tokenizer import ROUND_TRIP_PROBE, Tokenizer
+from symbiotic.tokens.tokenizer import ROUND_TRIP_PROBE, Tokenizer, train_model
 
 TEXTS = list(topics.topics.values())[:10]
 
@@ -46,6 +46,29 @@ def test_training_is_deterministic(tokenizer, tmp_path):
     assert Tokenizer(again.path).digest == tokenizer.digest
     other = Tokenizer.train(TEXTS[:9], size=600, path=tmp_path / "other.model")
     assert other.digest != tokenizer.digest
+
+
+def test_training_on_a_sample_of_the_texts():
+    texts = [f"{chr(0x4E00 + number) * 40}" for number in range(400)]
+
+    def letters(model: bytes) -> set[str]:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        return {letter for piece in map(processor.id_to_piece, range(700)) for letter in piece if letter >= "\u4e00"}
+
+    sampled, whole = (train_model(iter(texts), size=700, path="m", num_sampled=number) for number in (120, None))
+    # Every text has a letter of its own, so the letters tell which texts a model has seen.
+    assert len(letters(sampled)) == 120 and len(letters(whole)) == 400
+    assert not letters(sampled) <= set("".join(texts[:120])), "from all of the corpus, not from its beginning"
+    assert sampled == train_model(iter(texts), size=700, path="m", num_sampled=120)
+
+
+def test_an_error_of_the_corpus_is_no_error_of_training():
+    def texts():
+        yield from TEXTS
+        raise DataError("corpus.jsonl:7: the record lacks the key 'segments'")
+
+    with pytest.raises(DataError, match=r"^corpus\.jsonl:7: the record lacks the key 'segments'$"):
+        train_model(texts(), size=600, path="tokenizer.model")
 
 
 def test_round_trip_probe_finds_the_default_normaliser(tokenizer, tmp_path):

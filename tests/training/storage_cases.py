@@ -237,13 +237,12 @@ def held_writes() -> Iterator[None]:
     write, begin, advance = ShardedSave.write, CheckpointStore.begin, CheckpointStore.advance
 
     def held_write(self: ShardedSave) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            assert waited_for.wait(timeout=60)
+        assert waited_for.wait(timeout=60)
         write(self)
 
-    def begin_held(self: CheckpointStore, *args: Any, **kwargs: Any) -> None:
-        waited_for.clear()
-        begin(self, *args, **kwargs)
+    def begin_held(self: CheckpointStore, *args: Any, background: bool = False, **kwargs: Any) -> None:
+        (waited_for.clear if background else waited_for.set)()
+        begin(self, *args, background=background, **kwargs)
 
     def advance_held(self: CheckpointStore, *, wait: bool = False) -> Path | None:
         if wait:

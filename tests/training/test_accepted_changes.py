@@ -56,6 +56,7 @@ CHANGES = {
     "rates": ("rates.norm=0.7", "rates.norm = 0.003, this run has 0.7"),
     "schedule": ("schedule.final_factor=0.5", "schedule.final_factor = 0.1, this run has 0.5"),
     "maop": ("maop.roles=[shared_expert]", "maop.roles = [], this run has ['shared_expert']"),
+    "shield": ("shield.targets.shared_expert=null", "shield.shared_expert = 'output', this run has None"),
     "data": ("data.seed=99", "the blend's seed was 5 and is 99"),
 }
 
@@ -111,7 +112,7 @@ def test_another_tokenizer_is_never_accepted(file, tmp_path):
         f"model.vocabulary={corpus / 'vocabulary.json'}",
         f"data.sources={json.dumps(sources)}",
         f"data.validation={json.dumps(sources[:1])}",
-        "checkpoint.accept_changes=[stages, rates, schedule, maop, data]",
+        f"checkpoint.accept_changes=[{', '.join(CHANGES)}]",
     ]
     error = refused(file, *settings)
     assert isinstance(error, CheckpointError) and "other samples (data.vocabulary = '" in str(error)
@@ -124,6 +125,7 @@ def test_another_tokenizer_is_never_accepted(file, tmp_path):
         ("model.rotary_base=500", "model.rotary_base = 10000, this run has 500"),
         ("TransformerConfig.moe_router_pre_softmax=true", "model.moe_router_pre_softmax = "),
         ("TransformerConfig.layernorm_epsilon=0.1", "model.layernorm_epsilon = 1e-05, this run has 0.1"),
+        ("TransformerConfig.rotary_interleaved=true", "model.rotary_interleaved = False, this run has True"),
         ("model.sequence_length=32", "data.sequence_length = 48, this run has 32"),
         ("partition.method=random", "expert partition is hash"),
     ],
@@ -157,12 +159,14 @@ def test_what_an_old_checkpoint_lacks_was_off():
     assert identity_changes(old, IDENTITY) == []
     (change,) = identity_changes(old, {**IDENTITY, "maop": {"roles": ["norm"]}})
     assert change == Change("maop", {"roles": []}, {"roles": ["norm"]}, "maop.roles = [], this run has ['norm']")
+    assert identity_changes(IDENTITY, {**IDENTITY, "model": {**IDENTITY["model"], "recorded_since": 1}}) == []
 
 
 @pytest.mark.parametrize("name", [name for name in IDENTITY if name not in ACCEPTABLE])
 def test_model_and_samples_can_not_be_accepted(name):
-    changes = identity_changes(IDENTITY, {**IDENTITY, name: {**IDENTITY[name], "new": 1}})
+    key = next(iter(IDENTITY[name]))
+    changes = identity_changes(IDENTITY, {**IDENTITY, name: {**IDENTITY[name], key: 1}})
     with pytest.raises(
-        CheckpointError, match=rf"step-5 is a checkpoint of another model.*{name}.new = .*, this run has 1"
+        CheckpointError, match=rf"step-5 is a checkpoint of another model.*{name}.{key} = .*, this run has 1"
     ):
         accepted(changes, [*IDENTITY, "partition"], source="step-5")

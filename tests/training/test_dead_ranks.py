@@ -8,13 +8,15 @@ import subprocess
 import threading
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from symbiotic.distributed.peers import meet
 from symbiotic.distributed.place import Place
 from symbiotic.errors import LaunchError, RankLostError, UserError, exits_on_user_error, set_told
-from symbiotic.training.exits import read_verdict
+from symbiotic.training.exits import Verdict, read_verdict
+from symbiotic.training.failures import FailureReport
 from tests.support.ranks import RankFailed, run_ranks
 from tests.support.repository import ROOT
 from tests.training.test_signals import TORCHRUN, TWO, free_port, wait_for
@@ -92,6 +94,18 @@ def test_a_rank_that_fails_is_the_cause_not_the_ranks_that_lose_it(corpus, tmp_p
     assert all(isinstance(raised[rank], RankLostError) for rank in (0, 2))
     verdict = read_verdict(tmp_path / "run")
     assert (verdict.verdict, verdict.step, verdict.reason) == ("failed", 2, cause)
+
+
+def test_the_verdict_is_written_before_the_others_are_told(monkeypatch, tmp_path):
+    """Once a cause is told every process has seconds to end, and a slow disk may take them."""
+    order = []
+    monkeypatch.setattr(Verdict, "write_first", lambda verdict, folder: order.append("verdict") or True)
+    lock = SimpleNamespace(held=True)
+    report = FailureReport(tmp_path, lock=lock, rank=1)
+    report.watch = SimpleNamespace(tell=lambda cause: order.append(cause))
+    error = ZeroDivisionError("a defect")
+    assert report.explain(error) is error
+    assert order == ["verdict", "rank 1: ZeroDivisionError: a defect"]
 
 
 def test_a_mistake_that_all_ranks_find_is_printed_by_one(corpus, tmp_path):

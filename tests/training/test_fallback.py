@@ -1,9 +1,13 @@
 """A run whose newest checkpoints are damaged: it goes on from the one before and says so, or ends with exit code 1."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 
+from symbiotic.errors import CheckpointError
+from symbiotic.training.checkpoint import manifest
 from symbiotic.training.checkpoint.storage import CheckpointStore
 from symbiotic.training.exits import read_verdict
 from tests.support.ranks import run_ranks
@@ -56,3 +60,29 @@ def test_none_left_is_exit_code_1(stopped):
     assert read_verdict(stopped.with_suffix("")).verdict == "failed"
     # Nothing was taken for a fresh start, and nothing was deleted.
     assert CheckpointStore(folder).steps() == [2, 4]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES], ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["manifest.json", "__0_0.distcp"])
+def test_a_file_that_can_not_be_read_is_lost_only_if_the_disk_says_so(stopped, monkeypatch, name, number):
+    """A server that is away, or a missing right, says nothing about the checkpoint; a bad sector does."""
+    folder = stopped.with_suffix("") / "checkpoints"
+    damage(folder / "step-4" / "__0_0.distcp")  # a second time, which repairs it
+    digest = manifest.sha256_of
+
+    def failing(path):
+        if path == folder / "step-4" / name:
+            raise OSError(number, os.strerror(number))
+        return digest(path)
+
+    monkeypatch.setattr(manifest, "sha256_of", failing)
+    store = CheckpointStore(folder)
+    if number == errno.EIO:
+        assert store.newest_complete() == 2
+        assert [fallback.file for fallback in store.fallbacks] == [str(folder / "step-4" / name)]
+    else:
+        with pytest.raises(CheckpointError, match="make it readable and start again") as refused:
+            store.newest_complete()
+        assert refused.value.file == str(folder / "step-4" / name)
+        assert refused.value.resumable is (number != errno.EACCES)
+        assert store.fallbacks == []

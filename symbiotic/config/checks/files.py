@@ -9,10 +9,9 @@ from pathlib import Path
 from symbiotic.config.layout import parallel_layout
 from symbiotic.config.messages import shown
 from symbiotic.config.schema import Config, SourceConfig
+from symbiotic.config.shard_lists import SUFFIXES, shard_prefixes
+from symbiotic.errors import DataError
 from symbiotic.tokens.vocabulary import VocabularyLayout
-
-SUFFIXES = {"symbiotic": (".manifest.json", ".bin", ".idx"), "megatron": (".bin", ".idx")}
-"""Files of a shard by its format."""
 
 
 def check_run_folder(config: Config) -> None:
@@ -63,13 +62,18 @@ def check_shards(config: Config) -> None:
 
 
 def _check_shard(config: Config, source: SourceConfig, *, path: tuple[str, ...]) -> None:
-    for suffix in SUFFIXES[source.format]:
-        if not os.path.isfile(source.prefix + suffix):
-            hint = "write it with tools/preprocess_data.py" if source.format == "symbiotic" else "check the prefix"
-            file = f"{source.prefix}{suffix}" if len(source.prefix) < 200 else f"the file {suffix} of it"
-            raise config.origin.error(
-                path, f"= {shown(source.prefix)}: {file} is not there; correct the prefix or {hint}"
-            )
+    try:
+        prefixes = shard_prefixes(source.prefix, format=source.format)
+    except DataError as error:
+        raise config.origin.error(path, f"= {shown(source.prefix)}: {error}") from None
+    for prefix in prefixes:
+        for suffix in SUFFIXES[source.format]:
+            if not os.path.isfile(prefix + suffix):
+                hint = "write it with tools/preprocess_data.py" if source.format == "symbiotic" else "check the prefix"
+                file = f"{prefix}{suffix}" if len(prefix) < 200 else f"the file {suffix} of it"
+                raise config.origin.error(
+                    path, f"= {shown(source.prefix)}: {file} is not there; correct the prefix or {hint}"
+                )
 
 
 def check_partition_table(config: Config) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from symbiotic.config.layout import check_world_size, parallel_layout
-from symbiotic.config.megatron_fields import OPTIMIZER, value_of
+from symbiotic.config.megatron_fields import value_of
 from symbiotic.config.messages import KeyPath, did_you_mean, shown
 from symbiotic.config.roles import roles_of
 from symbiotic.config.routing_defaults import type_names
@@ -89,13 +89,8 @@ def check_shield_ramps(config: Config) -> None:
 
 
 def check_projection(config: Config) -> None:
-    """maop.roles match roles, and the optimizer keeps gradients and first moments where the projection finds them."""
+    """maop.roles match roles."""
     _check_role_keys(config, config.maop.roles, path=("maop", "roles"))
-    if config.maop.roles and config.optimizer.get("use_precision_aware_optimizer"):
-        raise config.origin.error(
-            (OPTIMIZER, "use_precision_aware_optimizer"),
-            "= true keeps the gradients where maop.roles doesn't find them; set it to false, or maop.roles to []",
-        )
 
 
 def check_loss_classes(config: Config) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from symbiotic.errors import DataError
@@ -60,7 +61,12 @@ class Unreadable(NamedTuple):
 
 def record_name(record: RawRecord) -> str:
     """What a record without an id of its own is called: file and line, or file and key."""
-    return f"{os.path.basename(record.file)}:{record.member or record.line}"
+    return f"{_base_name(record.file)}:{record.member or record.line}"
+
+
+@lru_cache(maxsize=16)
+def _base_name(file: str) -> str:
+    return os.path.basename(file)
 
 
 def parse_json(data: bytes) -> Any:

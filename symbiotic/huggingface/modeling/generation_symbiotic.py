@@ -3,8 +3,10 @@
 This file travels inside an exported folder; it needs torch and transformers and nothing else.
 """
 
+from typing import NoReturn
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, LogitsProcessor, PreTrainedModel
 
 from .configuration_symbiotic import SymbioticConfig
@@ -166,4 +168,30 @@ class ImageGuidanceLogitsProcessor(LogitsProcessor):
             self._mask[row, -len(ids) :] = 1
 
 
-__all__ = ["ImageGuidanceLogitsProcessor", "ImageSpanLogitsProcessor", "ImageVocabulary"]
+class Refusals:
+    """What other causal language models of transformers do and this one can't, refused by name."""
+
+    def _assisted_decoding(self, *args, **kwargs) -> NoReturn:
+        """Refuse drafts: the type of a drafted token would be known only after it is accepted."""
+        raise ValueError(
+            "assisted decoding (assistant_model, prompt_lookup_num_tokens) is not supported, since drafted tokens have "
+            "no types; leave the argument out"
+        )
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Embedding:
+        """The embedding, whose size is fixed (ValueError for another): image codes stand behind the text.
+
+        Args:
+            new_num_tokens: None or the present size.
+        """
+        size = self.config.vocab_size
+        if new_num_tokens not in (None, size):
+            raise ValueError(
+                f"the vocabulary of {size} ids can't be resized to {new_num_tokens}: text, controls and image codes "
+                "have fixed places in it; use one of config.unused_token_ranges in training, or import the folder "
+                "with another vocabulary"
+            )
+        return self.get_input_embeddings()
+
+
+__all__ = ["ImageGuidanceLogitsProcessor", "ImageSpanLogitsProcessor", "ImageVocabulary", "Refusals"]

@@ -6,7 +6,7 @@ This file travels inside an exported folder; it needs torch, transformers, numpy
 from __future__ import annotations
 
 import itertools
-import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,52 +16,10 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
+from .codecs_symbiotic import Codec, load_codec
+
 CODEC_FOLDER = "codec"
 USES = ("understand", "generate")
-
-
-class PatchCodec:
-    """The patch codebook of an exported folder: a code is the nearest of a table of small patches.
-
-    Args:
-        centres: uint8 [codes, stride * stride * channels].
-        stride: pixels a code covers in each direction.
-        channels: 1 (grey) or 3 (RGB).
-    """
-
-    def __init__(self, centres: np.ndarray, *, stride: int, channels: int) -> None:
-        self.centres = centres
-        self.stride = stride
-        self.channels = channels
-
-    @classmethod
-    def load(cls, folder: Path) -> PatchCodec:
-        """Read ``codec.json`` and ``centres.npy``."""
-        description = json.loads((folder / "codec.json").read_text(encoding="utf-8"))
-        if description["kind"] != "patch":
-            raise ValueError(f"{folder}: codec of kind {description['kind']!r} can't be read here, only 'patch'")
-        centres = np.load(folder / "centres.npy", allow_pickle=False)
-        return cls(centres, stride=description["stride"], channels=description["channels"])
-
-    def encode(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """Codes int64 [rows, columns] of a picture, or of pixels uint8 [height, width(, channels)]."""
-        if isinstance(image, Image.Image):
-            image = np.asarray(image.convert("L" if self.channels == 1 else "RGB"))
-        pixels = np.asarray(image).reshape(*np.shape(image)[:2], self.channels).astype(np.int64)
-        height, width = pixels.shape[:2]
-        if height % self.stride or width % self.stride:
-            raise ValueError(f"an image of {height}x{width} pixels can't be cut into patches of {self.stride}")
-        grid = pixels.reshape(height // self.stride, self.stride, width // self.stride, self.stride, self.channels)
-        patches = grid.transpose(0, 2, 1, 3, 4).reshape(*grid.shape[0:3:2], -1)
-        centres = self.centres.astype(np.int64)
-        return np.argmin((centres**2).sum(axis=1) - patches @ (2 * centres.T), axis=-1)
-
-    def decode(self, codes: np.ndarray) -> Image.Image:
-        """The picture of codes [rows, columns]."""
-        rows, columns = codes.shape
-        grid = self.centres[codes].reshape(rows, columns, self.stride, self.stride, self.channels)
-        pixels = grid.transpose(0, 2, 1, 3, 4).reshape(rows * self.stride, columns * self.stride, self.channels)
-        return Image.fromarray(pixels[..., 0] if self.channels == 1 else pixels)
 
 
 class SymbioticProcessor(ProcessorMixin):
@@ -75,6 +33,8 @@ class SymbioticProcessor(ProcessorMixin):
         tokenizer: the text tokenizer of the folder.
         token_types: name -> value of every token type.
         image_vocabulary: ids of image controls and codes, as in the model's configuration; None without images.
+        image_codec: ``class`` and ``digest`` of the image codec, and ``path``, where it was if it doesn't travel in
+            the folder; None where nothing is known of it.
     """
 
     model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask", "token_type_ids"]
@@ -84,27 +44,49 @@ class SymbioticProcessor(ProcessorMixin):
         tokenizer: PreTrainedTokenizerBase,
         token_types: dict[str, int] | None = None,
         image_vocabulary: dict[str, Any] | None = None,
+        image_codec: dict[str, str] | None = None,
         chat_template: str | None = None,
     ) -> None:
         super().__init__(tokenizer, chat_template=chat_template)
         self.token_types = token_types or {"text": 0, "understanding_code": 1, "generation_code": 2, "padding": 15}
         self.image_vocabulary = image_vocabulary
-        self._codec: PatchCodec | None = None
+        self.image_codec = image_codec
+        self._codec: Codec | None = None
+        self._codec_folder: Path | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> SymbioticProcessor:
-        """As in transformers; a ``codec`` folder beside the files is opened too."""
+        """As in transformers; ``codec`` names the folder of the image codec where it is not in this one."""
+        codec = kwargs.pop("codec", None)
         processor = super().from_pretrained(pretrained_model_name_or_path, **kwargs)
         folder = Path(pretrained_model_name_or_path) / CODEC_FOLDER
-        if folder.is_dir():
-            processor._codec = PatchCodec.load(folder)
+        processor._codec_folder = Path(codec) if codec else folder if folder.is_dir() else None
         return processor
 
+    def save_pretrained(self, save_directory: str | Path, **kwargs) -> list[str]:
+        """As in transformers, with the codec that came in the folder."""
+        saved = super().save_pretrained(save_directory, **kwargs)
+        if self._codec_folder is not None and self._codec_folder.name == CODEC_FOLDER:
+            shutil.copytree(self._codec_folder, Path(save_directory) / CODEC_FOLDER, dirs_exist_ok=True)
+        return saved
+
     @property
-    def codec(self) -> PatchCodec:
-        """The image codec (ValueError where the folder has none)."""
+    def codec(self) -> Codec:
+        """The image codec, opened when it is first needed.
+
+        Raises:
+            ValueError: it is not there, or is another one than the model was trained with.
+        """
         if self._codec is None:
-            raise ValueError("this folder has no image codec: pass and read image codes instead of pictures")
+            known = self.image_codec or {}
+            folder = self._codec_folder or known.get("path")
+            if folder is None or not Path(folder).is_dir():
+                where = f" ({known['class']}, digest {known['digest']}) is not in it" if known else " is not in it"
+                raise ValueError(
+                    f"this folder's image codec{where}: name its folder with AutoProcessor.from_pretrained(..., "
+                    "codec=FOLDER), or pass and read image codes instead of pictures"
+                )
+            self._codec = load_codec(folder, digest=known.get("digest"))
         return self._codec
 
     def __call__(self, documents: str | Sequence[Any], return_tensors: str = "pt") -> BatchFeature:

@@ -40,7 +40,7 @@ class Callback:
         """The loop is left in good order: finished, or stopped to be resumed."""
 
     def close(self) -> None:
-        """The process is about to end, in good order or not; must not communicate."""
+        """The process is about to end, in good order or not; must not communicate. May be called twice."""
 
     def state_dict(self) -> dict[str, Any]:
         """State for the checkpoint, as plain values."""

@@ -102,6 +102,7 @@ class TensorBoard(Callback):
         if self._writer is not None:
             try:
                 self._writer.close()
+                self._writer = None
             except OSError as error:
                 self._give_up(error)
 
@@ -157,3 +158,4 @@ class WeightsAndBiases(Callback):
         """Finish the run."""
         if self._run is not None:
             self._run.finish()
+            self._run = None

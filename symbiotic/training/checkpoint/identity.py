@@ -16,7 +16,7 @@ from symbiotic.errors import CheckpointError
 from symbiotic.strict_json import brief
 from symbiotic.training.stages import first_difference
 
-ACCEPTABLE = ("stages", "rates", "schedule", "maop")
+ACCEPTABLE = ("stages", "rates", "schedule", "maop", "shield")
 """Parts of an identity that ``checkpoint.accept_changes`` may name. A run in which any other part differs is another
 run: its weights, tokens or samples would mean something else."""
 
@@ -66,7 +66,11 @@ def identity_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> li
         if name == "stages" or before is None or before == now:
             continue
         now = now or {}
-        keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+        # Of a field that was not recorded when the checkpoint was written nothing is known either.
+        compared = before if name == "model" else {**before, **now}
+        keys = [key for key in compared if before.get(key) != now.get(key)]
+        if not keys:
+            continue
         words = "; ".join(
             f"{dotted((name, key))} = {brief(before.get(key))}, this run has {brief(now.get(key))}" for key in keys
         )

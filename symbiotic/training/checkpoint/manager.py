@@ -195,7 +195,7 @@ class CheckpointManager:
         return model_state([chunk.module for chunk in self._chunks])
 
     def _optimizer_state(self, model: dict[str, Any], *, is_loading: bool) -> dict[str, Any]:
-        return sharded_optimizer_state(self._optimizer, model, metadata=_metadata(), is_loading=is_loading)
+        return sharded_optimizer_state(self._optimizer, model, is_loading=is_loading)
 
     def _set_model_state(self, loaded: Mapping[str, Any]) -> None:
         set_model_state([chunk.module for chunk in self._chunks], loaded)

@@ -11,6 +11,7 @@ step-500/
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -147,9 +148,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; the checkpoint is damaged, take another", file=path)
     try:
-        if (folder / MARKER_FILE).read_text(encoding="utf-8").strip() != sha256_of(path):
+        with _reading(path):
+            sealed = (folder / MARKER_FILE).read_text(encoding="utf-8").strip() == sha256_of(path)
+            content = path.read_bytes()
+        if not sealed:
             raise CheckpointError(f"{path} was changed after the checkpoint was completed; take another one", file=path)
-        manifest = parse_json(path.read_bytes())
+        manifest = parse_json(content)
         if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
             raise CheckpointError(
                 f"{path} is of format {brief(manifest['format'])} version {brief(manifest['version'])}, this release "
@@ -170,10 +174,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 raise CheckpointError(
                     f"{path}: the entry for {brief(name)} is none of a checkpoint's; take another one", file=path
                 )
-    except OSError as error:
-        raise CheckpointError(
-            f"{error.filename}: {error.strerror}; the checkpoint is damaged, take another", file=error.filename
-        ) from error
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, CheckpointError):
             raise
@@ -203,25 +203,49 @@ def verify_files(
     manifest = read_manifest(folder)
     for name, entry in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing; the checkpoint is damaged, take another one", file=path)
-        if path.stat().st_size != entry["size"]:
+        with _reading(path):
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing; the checkpoint is damaged, take another one", file=path)
+            size = path.stat().st_size
+        if size != entry["size"]:
             raise CheckpointError(
-                f"{path} has {path.stat().st_size} bytes instead of {entry['size']}; the checkpoint is damaged, "
-                "take another one",
+                f"{path} has {size} bytes instead of {entry['size']}; the checkpoint is damaged, take another one",
                 file=path,
             )
     rank, ranks = share
     for name in sorted(manifest["files"])[rank::ranks] if level == "full" else ():
-        if from_disk:
-            _drop_from_page_cache(folder / name)
-        if sha256_of(folder / name) != manifest["files"][name]["sha256"]:
+        if _digest(folder / name, from_disk=from_disk) != manifest["files"][name]["sha256"]:
             raise CheckpointError(
                 f"{folder / name} has the right size but other content than was written; the checkpoint is damaged, "
                 "take another one",
                 file=folder / name,
             )
     return manifest
+
+
+def _digest(path: Path, *, from_disk: bool) -> str:
+    with _reading(path):
+        if from_disk:
+            _drop_from_page_cache(path)
+        return sha256_of(path)
+
+
+_DAMAGE = (errno.EIO, errno.ENODATA, errno.EUCLEAN, errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+"""What a file system says of a file that is lost. Other errors (a server that is away, too many open files, missing
+rights) say nothing about the checkpoint, and it must not be given up for them."""
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn an error of the file system into a CheckpointError that names the file and says whether it is lost."""
+    try:
+        yield
+    except OSError as error:
+        damaged = error.errno in _DAMAGE
+        remedy = "the checkpoint is damaged, take another one" if damaged else "make it readable and start again"
+        failure = CheckpointError(f"{path}: {error.strerror}; {remedy}", file=path, damaged=damaged)
+        failure.resumable = not damaged and may_pass(error)
+        raise failure from error
 
 
 def _drop_from_page_cache(path: Path) -> None:

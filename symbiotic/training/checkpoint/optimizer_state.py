@@ -9,15 +9,19 @@ The keys of the tensors are those that megatron-core's plain optimizer writes. I
 master of every parameter under another key, and both keep their settings in a structure that follows the chain of
 optimizers on rank 0 (dense and expert parameters), of which a pipeline stage may have nothing to fill one. Here
 neither the kind nor the chain shows, so that what one layout writes any other can load.
+
+The distributed optimizer has a piece of the state on each data-parallel rank, and pieces end within parameters. To be
+saved, each parameter's state is gathered on one rank, another for each, so that a rank gathers and writes about
+1 / ranks of it. To be loaded, a rank asks for the parameters of which it holds a piece.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
@@ -28,6 +32,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import nn
 
 from symbiotic.errors import CheckpointError
+from symbiotic.training.checkpoint.sharded import OwnTensors
 from symbiotic.training.checkpoint.weights import OPTIMIZER_PREFIX
 from symbiotic.training.optimizer import active_parts, set_step_count, step_count
 from symbiotic.training.projection import updated_tensors
@@ -41,23 +46,24 @@ Sharded = ShardedTensor | ShardedTensorFactory
 
 
 def sharded_optimizer_state(
-    optimizer: MegatronOptimizer, model: Mapping[str, Any], *, metadata: dict[str, Any], is_loading: bool = False
+    optimizer: MegatronOptimizer, model: Mapping[str, Any], *, is_loading: bool = False
 ) -> dict[str, Any]:
     """The state of an optimizer, or what to ask a checkpoint for. Collective where the optimizer is distributed.
 
     Args:
         optimizer: from ``build_optimizer``, so that its moments are there.
         model: the sharded state of this rank's model chunks, which holds the parameters themselves.
-        metadata: how Megatron shards, see ``checkpoint.manager``.
         is_loading: make room only; nothing is gathered from the data-parallel ranks.
     """
     of_model, _ = extract_sharded_tensors_and_factories(model)
-    tensors = {}
+    of_model, tensors = {entry.data: entry for entry in nested_values(of_model)}, {}
     for index, part in enumerate(active_parts(optimizer)):
-        if isinstance(part, DistributedOptimizer):
-            tensors[index] = _distributed_tensors(part, model, metadata=metadata, is_loading=is_loading)
+        if not isinstance(part, DistributedOptimizer):
+            entries = _plain_tensors(part, of_model)
         else:
-            tensors[index] = _plain_tensors(part, {entry.data: entry for entry in nested_values(of_model)})
+            entries = _asked_for(part, of_model) if is_loading else _gathered(part, of_model)
+        if entries:  # Megatron takes an empty table for common state
+            tensors[index] = entries
     return {**_settings(optimizer), "tensors": tensors}
 
 
@@ -105,19 +111,71 @@ def _load_plain(part: MegatronOptimizer, loaded: Mapping[int, Mapping[str, torch
                 target.copy_(value)
 
 
-def _distributed_tensors(
-    part: DistributedOptimizer, model: Mapping[str, Any], *, metadata: dict[str, Any], is_loading: bool
-) -> dict[int, dict[str, Sharded]]:
-    """Megatron's gathered state of the distributed optimizer, under the keys of the plain one."""
-    gathered = part.sharded_param_state_fully_reshardable(model, is_loading, metadata)
-    entries = {}
-    for (index, tensors), parameter in zip(gathered.items(), _in_buffers(part), strict=True):
-        entries[index] = {name: tensors[name] for name in MOMENTS}
-        if parameter.dtype != torch.float32:
-            master = tensors["param"]
-            key = master.key.removeprefix(_prefix("param"))
-            entries[index][MASTER] = replace(master, key=_prefix(MASTER) + key)
+def _gathered(part: DistributedOptimizer, of_model: Mapping[nn.Parameter, Sharded]) -> dict[int, dict[str, Sharded]]:
+    """Moments and masters of the distributed optimizer that this rank writes, as copies in host memory. Collective.
+
+    Every rank of the data-parallel group gathers whole parameters, one tensor at a time.
+    """
+    group, on_this_rank, entries = part.data_parallel_group, dict(updated_tensors(part)), OwnTensors()
+    parameters = dict(enumerate(_in_buffers(part)))
+    # Copies of a parameter on other tensor-parallel ranks or pipeline stages are written there.
+    written = {index: p for index, p in parameters.items() if not any(of_model[p].replica_id[:-1])}
+    writers = _balanced_writers({index: p.numel() for index, p in written.items()}, ranks=group.size())
+    for index, parameter in written.items():
+        entry, mine = of_model[parameter], {}
+        if parameter in on_this_rank:
+            mine = part._get_main_param_and_optimizer_states(parameter)
+            mine[MASTER] = mine["param"]
+        for name in _tensor_names(parameter):
+            whole = _whole(part, parameter, mine.get(name), writer=writers[index])
+            if whole is not None:
+                tensor = whole.view(parameter.shape)
+                sharded = make_sharded_optimizer_tensor(entry, tensor, prefix=_prefix(name))
+                sharded.replica_id = (*entry.replica_id[:-1], 0)
+                entries.setdefault(index, {})[name] = sharded
     return entries
+
+
+def _whole(
+    part: DistributedOptimizer, parameter: nn.Parameter, mine: torch.Tensor | None, *, writer: int
+) -> torch.Tensor | None:
+    """A float32 tensor [elements of the parameter] from the ranks' pieces, on the CPU of ``writer``; None elsewhere."""
+    group = part.data_parallel_group
+    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
+    if mine is not None:
+        piece = part._get_model_param_range_map(parameter)["param"]
+        whole[piece.start : piece.end] = mine.detach()
+    # No two ranks hold the same element, so that a sum of the bits is exact, of -0.0 and NaN too.
+    dist.reduce(whole.view(torch.int32), dst=dist.get_global_rank(group, writer), group=group)
+    return whole.cpu() if group.rank() == writer else None
+
+
+def _balanced_writers(sizes: Mapping[int, int], *, ranks: int) -> dict[int, int]:
+    """The rank that writes each parameter: the largest first, each to the rank with the least so far."""
+    loads, writers = [0] * ranks, {}
+    for index in sorted(sizes, key=lambda index: -sizes[index]):
+        writers[index] = loads.index(min(loads))
+        loads[writers[index]] += sizes[index]
+    return writers
+
+
+def _asked_for(part: DistributedOptimizer, of_model: Mapping[nn.Parameter, Sharded]) -> dict[int, dict[str, Sharded]]:
+    """Room in host memory for what the distributed optimizer holds a piece of on this rank."""
+    on_this_rank = dict(updated_tensors(part))
+    return {
+        index: {
+            name: make_sharded_optimizer_tensor(
+                of_model[parameter], torch.empty(parameter.shape, dtype=torch.float32), prefix=_prefix(name)
+            )
+            for name in _tensor_names(parameter)
+        }
+        for index, parameter in enumerate(_in_buffers(part))
+        if parameter in on_this_rank
+    }
+
+
+def _tensor_names(parameter: nn.Parameter) -> list[str]:
+    return [*MOMENTS, *([MASTER] if parameter.dtype != torch.float32 else [])]
 
 
 def _load_distributed(part: DistributedOptimizer, loaded: Mapping[int, Mapping[str, torch.Tensor]]) -> None:

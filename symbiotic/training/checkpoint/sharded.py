@@ -13,7 +13,7 @@ import os
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,18 @@ from megatron.core.dist_checkpointing.dict_utils import (
     merge,
     nested_values,
 )
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.exchange_utils import determine_main_replica_uniform_distribution
+from megatron.core.dist_checkpointing.mapping import (
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+    apply_factory_merges,
+)
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess, save_preprocess
 from megatron.core.dist_checkpointing.strategies import torch as torch_strategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import (
+    distribute_main_replicas_with_precomputed_distribution,
+)
 from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 from megatron.core.dist_checkpointing.validation import determine_global_metadata, validate_sharding_integrity
 from torch.distributed.checkpoint.api import CheckpointException
@@ -42,6 +51,7 @@ from symbiotic.distributed.agreement import on_every_rank, on_rank_zero, rank_an
 from symbiotic.errors import CheckpointError
 from symbiotic.training.checkpoint.manifest import FileEntry, reporting_disk_errors
 from symbiotic.training.checkpoint.safe_load import SafeReader, load_object, read_metadata, reason_of
+from symbiotic.training.checkpoint.waiting import patiently_on_every_rank
 from symbiotic.training.checkpoint.weights import OPTIMIZER_PREFIX, read_common_state, write_format
 
 PRIVATE_NAMES = (
@@ -54,6 +64,10 @@ PRIVATE_NAMES = (
     ("megatron.core.dist_checkpointing.strategies.torch", "_unwrap_pyt_sharded_tensor"),
 )
 """Names inside Megatron that this module relies on, as (module, name); a test checks that each exists."""
+
+
+class OwnTensors(dict[Any, Any]):
+    """A part of a sharded state dict whose tensors are copies in host memory that nobody else holds or changes."""
 
 
 def save_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, FileEntry]:
@@ -78,7 +92,9 @@ def plan_save(sharded_state_dict: dict[str, Any], folder: Path, *, from_copy: bo
         CheckpointError: the ranks' shards don't add up to whole tensors, or hold what can't be read back.
     """
     rank, _ = rank_and_size()
+    own = _own_storages(sharded_state_dict)
     sharded, common_state = save_preprocess(sharded_state_dict, validate_access_integrity=False)
+    _balance_writers(sharded)
     _check_sharding(sharded, common_state)
     on_every_rank(lambda: _check_readable(sharded, common_state))
     sharded["common_state"] = ShardedObject("common_state", common_state, (1,), (0,), replica_id=rank)
@@ -105,7 +121,8 @@ def plan_save(sharded_state_dict: dict[str, Any], folder: Path, *, from_copy: bo
             plan = planner.finish_plan(ranks.reduce_scatter("plan", own_plan, plan_for_all))
     except CheckpointException as error:
         raise CheckpointError(_writing_failed(error, folder)) from error
-    source = on_every_rank(lambda: _HostCopy(plan, planner)) if from_copy else planner
+    copies = on_every_rank(lambda: _host_copies(plan, planner, own=own)) if from_copy else None
+    source = _Source(planner.resolve_data if copies is None else lambda item: copies.pop(item.index))
     return ShardedSave(writer, plan=plan, source=source, index=index, ranks=ranks)
 
 
@@ -221,22 +238,52 @@ class _DigestingFile(io.BufferedWriter):
             super().close()
 
 
-class _HostCopy:
-    """A rank's part of a save as it was at one moment: answers a writer in place of the planner."""
+class _Source:
+    """Answers a writer in place of the planner, until the save is cancelled.
 
-    def __init__(self, plan: SavePlan, planner: torch_strategy.MCoreSavePlanner) -> None:
+    Args:
+        data_of: what to write for an item. A copy is given away: memory is freed as the file grows.
+    """
+
+    def __init__(self, data_of: Callable[[WriteItem], torch.Tensor | io.BytesIO]) -> None:
         self.cancelled = threading.Event()
-        self._data: dict[MetadataIndex, Any] = {}
-        for item in plan.items:
-            data = planner.resolve_data(item)
-            # Objects are bytes of their own already.
-            self._data[item.index] = data.detach().to("cpu", copy=True) if torch.is_tensor(data) else data
+        self._data_of = data_of
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """The copy, which is given away: memory is freed as the file grows."""
+        """The data of an item."""
         if self.cancelled.is_set():
             raise OSError(errno.ECANCELED, "the run failed before the checkpoint was written")
-        return self._data.pop(write_item.index)
+        return self._data_of(write_item)
+
+
+def _host_copies(
+    plan: SavePlan, planner: torch_strategy.MCoreSavePlanner, *, own: Collection[int]
+) -> dict[MetadataIndex, torch.Tensor | io.BytesIO]:
+    """A rank's part of a save as it is now; storages at the addresses ``own`` change no more and aren't copied."""
+    copies = {}
+    for item in plan.items:
+        data = planner.resolve_data(item)
+        # Objects are bytes of their own already.
+        if torch.is_tensor(data) and data.untyped_storage().data_ptr() not in own:
+            data = data.detach().to("cpu", copy=True)
+        copies[item.index] = data
+    return copies
+
+
+def _own_storages(state: Any, *, within: bool = False) -> set[int]:
+    """Addresses of the storages of all tensors in the ``OwnTensors`` of a sharded state dict."""
+    within = within or isinstance(state, OwnTensors)
+    if isinstance(state, dict | list):
+        values = state.values() if isinstance(state, dict) else state
+        return set().union(*(_own_storages(value, within=within) for value in values))
+    tensor = isinstance(state, ShardedTensor | ShardedTensorFactory) and within
+    return {state.data.untyped_storage().data_ptr()} if tensor else set()
+
+
+def _balance_writers(sharded: dict[str, Any]) -> None:
+    """Spread what several ranks hold over these as writers, by bytes: else data-parallel rank 0 wrote all of it."""
+    distribution = determine_main_replica_uniform_distribution(sharded, torch.distributed.group.WORLD)
+    distribute_main_replicas_with_precomputed_distribution(sharded, torch.distributed.group.WORLD, distribution)
 
 
 def load_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -257,9 +304,10 @@ def load_sharded(sharded_state_dict: dict[str, Any], folder: Path) -> dict[str, 
     sharded, _ = extract_sharded_base(wanted)
     absent, sharded = extract_matching_values(sharded, lambda entry: _is_absent_extra_state(entry, metadata))
     _merge(common_state, dict_list_map_outplace(lambda _: None, absent), folder)
-    global_shards = _check_sharding(sharded)
+    # A rank may ask for less than it held at the save; together the ranks ask for every tensor.
+    _, global_shards = determine_global_metadata(sharded)
     on_rank_zero(lambda: _check_same_model(global_shards, metadata, folder))
-    _merge(common_state, on_every_rank(lambda: _read(sharded, folder)), folder)
+    _merge(common_state, patiently_on_every_rank(lambda: _read(sharded, folder)), folder)
     return apply_factory_merges(common_state, factories)
 
 
@@ -313,8 +361,8 @@ def _read(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
     return values
 
 
-def _check_sharding(sharded: dict[str, Any], common_state: dict[str, Any] | None = None) -> list[list[Any]]:
-    """Every element of every tensor must belong to exactly one rank. Returns the shards of all ranks, without data.
+def _check_sharding(sharded: dict[str, Any], common_state: dict[str, Any]) -> None:
+    """Every element of every tensor must be written by exactly one rank.
 
     Where ``common_state`` differs between ranks, Megatron logs the keys; rank 0's is the one that is saved.
     """
@@ -330,7 +378,6 @@ def _check_sharding(sharded: dict[str, Any], common_state: dict[str, Any] | None
             raise CheckpointError(f"the ranks' shards don't form whole tensors: {problem}") from problem
 
     on_every_rank(report)
-    return global_shards
 
 
 def _check_readable(sharded: dict[str, Any], common_state: dict[str, Any]) -> None:

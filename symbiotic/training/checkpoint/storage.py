@@ -15,8 +15,9 @@ A save takes these steps:
 4. Rank 0 replaces the tracker ``latest`` and deletes what retention doesn't keep.
 
 A process killed at any point leaves the previous checkpoint as it was, and nothing older is deleted before the newer
-one was read back well. Steps 1 and 3 don't communicate: in the background they run in a thread of each rank while
-training goes on, from a copy in host memory, and ``advance`` at a step boundary takes the steps in between.
+one was read back well. Steps 1 and 3 don't communicate and run in a thread of each rank. Its main thread waits for it in short
+collectives (see ``waiting``), or in the background trains on: then the thread writes from a copy in host memory, and
+``advance`` at a step boundary takes the steps in between.
 
 Every rank calls every method that isn't said to be one rank's; the folder must be one that all ranks see.
 """
@@ -26,7 +27,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -40,6 +40,12 @@ from symbiotic.distributed.agreement import on_every_rank, on_rank_zero, rank_an
 from symbiotic.errors import CheckpointError
 from symbiotic.files import write_json, write_text
 from symbiotic.training.checkpoint import manifest as manifests
+from symbiotic.training.checkpoint.waiting import (
+    patiently_on_every_rank,
+    patiently_on_rank_zero,
+    start,
+    wait_everywhere,
+)
 from symbiotic.training.checkpoint.weights import COMMON_KEY, CONFIG_FILE, PARTITION_FILE
 
 if TYPE_CHECKING:
@@ -59,14 +65,12 @@ class _Save:
         step: the checkpoint's step.
         sharded: the tensors.
         plain: writes the other files into the folder it is given.
-        background: whether ``work`` runs in a thread of its own.
-        work: what this rank is busy with: writing, and once the folder is ``published``, reading back.
+        work: what a thread of this rank is busy with: writing, and once the folder is ``published``, reading back.
     """
 
     step: int
     sharded: ShardedSave
     plain: Callable[[Path], None]
-    background: bool
     work: Future[Any]
     published: bool = False
 
@@ -162,7 +166,7 @@ class CheckpointStore:
                 the key ``common``.
             partition: the expert partition as a plain table.
             config: the resolved configuration as a plain tree.
-            background: write from a copy in a thread. Else everything is written when this returns.
+            background: write from a copy, while the tensors change. Else everything is written when this returns.
 
         Raises:
             CheckpointError: nothing was published; earlier checkpoints are untouched.
@@ -173,19 +177,20 @@ class CheckpointStore:
         self._verified.discard(step)
         temporary = self._temporary(step)
         try:
-            on_rank_zero(lambda: self._start(temporary))
+            patiently_on_rank_zero(lambda: self._start(temporary))
             state = {**sharded_state_dict, COMMON_KEY: dict(common)}
             sharded = plan_save(state, temporary, from_copy=background)
         except CheckpointError:
-            on_rank_zero(lambda: manifests.remove_folder(temporary))
+            patiently_on_rank_zero(lambda: manifests.remove_folder(temporary))
             raise
         self._in_flight = _Save(
             step=step,
             sharded=sharded,
             plain=lambda folder: _write_plain(folder, partition, config),
-            background=background,
-            work=_run(sharded.write, background=background),
+            work=start(sharded.write),
         )
+        if not background:
+            wait_everywhere(self._in_flight.work)
 
     def advance(self, *, wait: bool = False) -> Path | None:
         """Take the save in flight as far as the ranks have come; its folder, once it is complete, else None.
@@ -197,14 +202,17 @@ class CheckpointStore:
             CheckpointError: a rank couldn't write, and nothing was published; or what was written reads back
                 differently, and stays a damaged checkpoint. Earlier checkpoints are untouched either way.
         """
-        while self._in_flight is not None and (wait or true_everywhere(self._in_flight.work.done())):
+        while self._in_flight is not None:
+            if wait:
+                wait_everywhere(self._in_flight.work)
+            elif not true_everywhere(self._in_flight.work.done()):
+                break
             save, self._in_flight = self._in_flight, None
             if save.published:
                 self._finish_verified(save)
                 return self.path(save.step)
             self._publish_written(save)
-            read_back = partial(self._read_back, save.step, share=rank_and_size())
-            save.work = _run(read_back, background=save.background)
+            save.work = start(partial(self._read_back, save.step, share=rank_and_size()))
             save.published = True
             self._in_flight = save
         return None
@@ -212,7 +220,7 @@ class CheckpointStore:
     def abandon(self) -> None:
         """Give up a save in flight and wait for this rank's thread: the run has failed. No communication."""
         save, self._in_flight = self._in_flight, None
-        if save is not None and save.background:
+        if save is not None:
             save.sharded.cancel()
             save.work.exception()
 
@@ -221,9 +229,9 @@ class CheckpointStore:
         try:
             on_every_rank(save.work.result)
             files = save.sharded.finish()
-            on_rank_zero(lambda: self._publish(save, temporary, files))
+            patiently_on_rank_zero(lambda: self._publish(save, temporary, files))
         except CheckpointError:
-            on_rank_zero(lambda: manifests.remove_folder(temporary))
+            patiently_on_rank_zero(lambda: manifests.remove_folder(temporary))
             raise
 
     def _read_back(self, step: int, *, share: tuple[int, int]) -> None:
@@ -238,7 +246,7 @@ class CheckpointStore:
 
     def _finish_verified(self, save: _Save) -> None:
         on_every_rank(save.work.result)
-        on_rank_zero(lambda: self._retire(newest=save.step))
+        patiently_on_rank_zero(lambda: self._retire(newest=save.step))
         self.fallbacks = []
 
     def steps(self) -> list[int]:
@@ -255,15 +263,18 @@ class CheckpointStore:
         Each damaged one that is passed over is named in the log and in ``fallbacks``.
 
         Raises:
-            CheckpointError: there are checkpoints, and every one of them is damaged.
+            CheckpointError: there are checkpoints, and every one of them is damaged; or one can't be read now.
         """
         steps, self.fallbacks = on_rank_zero(self._announced_steps)
         for step in reversed(steps):
             try:
-                on_every_rank(lambda step=step: self.check(step))
+                patiently_on_every_rank(partial(self.check, step))
                 self._verified.add(step)
                 return step
             except CheckpointError as error:
+                # Of one that some rank only can't read now nothing is known: neither pass it over nor delete it later.
+                if not true_everywhere(error.damaged):
+                    raise
                 self.fallbacks.append(Fallback(step, error.file or str(self.path(step)), str(error)))
                 if rank_and_size()[0] == 0:
                     log.warning("%s; falling back to the checkpoint before step %d", error, step)
@@ -345,23 +356,6 @@ class CheckpointStore:
                     manifests.remove_folder(path)
 
 
-def _run(action: Callable[[], Any], *, background: bool) -> Future[Any]:
-    """Run ``action``, here or in a thread; what it returns or raises is the result."""
-    future: Future[Any] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action())
-        except BaseException as error:  # raised where the result is asked for
-            future.set_exception(error)
-
-    if background:
-        threading.Thread(target=run, name="checkpoint").start()
-    else:
-        run()
-    return future
-
-
 def load_checkpoint(folder: Path | str, sharded_state_dict: dict[str, Any], *, verify: str = "full") -> dict[str, Any]:
     """Load a checkpoint folder, of a run or of weights only, into the shards that this rank asks for.
 
@@ -370,7 +364,7 @@ def load_checkpoint(folder: Path | str, sharded_state_dict: dict[str, Any], *, v
     from symbiotic.training.checkpoint.sharded import load_sharded
 
     folder = Path(folder)
-    on_every_rank(lambda: manifests.verify_files(folder, level=verify, share=rank_and_size()))
+    patiently_on_every_rank(lambda: manifests.verify_files(folder, level=verify, share=rank_and_size()))
     return load_sharded(sharded_state_dict, folder)
 
 
