@@ -59,4 +59,28 @@ CORPORA = [
         test="tests/data/test_tokenize_images.py::test_changed_pictures_are_refused_on_resume",
         why="old codes stood for new pictures",
     ),
+    Mutation(
+        name="a-shard-written-anew-is-read-by-the-old-plan",
+        file="symbiotic/data/lazy_shards.py",
+        old="if shard.digest != self.digest:",
+        new="if not shard.digest:",
+        test="tests/data/test_loading.py::test_a_shard_that_was_written_again_after_the_start_is_refused",
+        why="a shard that was exchanged during a run was read where its predecessor's documents lay",
+    ),
+    Mutation(
+        name="flipped-bytes-of-an-index-cache",
+        file="symbiotic/data/index_cache.py",
+        old='if _crc32(arrays[name]) != entry["crc32"]:',
+        new='if not entry["crc32"] + 1:',
+        test="tests/data/test_loading.py::test_a_damaged_cache_file_is_built_again[flipped]",
+        why="a damaged cache was taken for the plan of an epoch",
+    ),
+    Mutation(
+        name="temperature-upside-down",
+        file="symbiotic/data/sources.py",
+        old="(tokens[name] / largest) ** (1 / temperature)",
+        new="(tokens[name] / largest) ** temperature",
+        test="tests/data/test_loading.py::test_weights_by_temperature_by_hand",
+        why="a high temperature drew the largest corpus only",
+    ),
 ]

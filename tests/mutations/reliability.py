@@ -8,8 +8,8 @@ RELIABILITY = [
     Mutation(
         name="moments-change-places",
         file="symbiotic/training/checkpoint/optimizer_state.py",
-        old="tensor, prefix=_prefix(name))",
-        new='tensor, prefix=_prefix({"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}.get(name, name)))',
+        old="dtype=torch.float32), prefix=_prefix(name)",
+        new='dtype=torch.float32), prefix=_prefix({"exp_avg": "exp_avg_sq", "exp_avg_sq": "exp_avg"}.get(name, name))',
         test=f"{LAYOUT}[one process, distributed optimizer]",
         why="the two kinds of optimizer took each other's moments",
     ),

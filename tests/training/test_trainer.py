@@ -82,7 +82,10 @@ def test_two_processes_evaluate_like_one(corpus, tmp_path, layout, blocks):
     load = [f"checkpoint.load={tmp_path / 'origin'}", "training.steps=5", f"model.blocks={blocks}"]
     _, alone = train(tiny_file(corpus, tmp_path / "alone"), *load)
     settings = [f"TransformerConfig.{setting}" for setting in layout]
-    _, both = train(tiny_file(corpus, tmp_path / "both"), *load, *settings, world_size=2)
+    # Rank 0 fills the cache of both.
+    cache = f"data.cache={tmp_path / 'cache'}"
+    _, both = train(tiny_file(corpus, tmp_path / "both"), *load, *settings, cache, world_size=2)
+    assert any((tmp_path / "cache").iterdir())
     for step, event in steps(alone).items():
         assert steps(both)[step]["loss"] == pytest.approx(event["loss"], rel=1e-5)
     last = [[event["loss"] for event in log if event["event"] == "evaluation"][-1] for log in (alone, both)]

@@ -15,9 +15,9 @@ A save takes these steps:
 4. Rank 0 replaces the tracker ``latest`` and deletes what retention doesn't keep.
 
 A process killed at any point leaves the previous checkpoint as it was, and nothing older is deleted before the newer
-one was read back well. Steps 1 and 3 don't communicate and run in a thread of each rank. Its main thread waits for it in short
-collectives (see ``waiting``), or in the background trains on: then the thread writes from a copy in host memory, and
-``advance`` at a step boundary takes the steps in between.
+one was read back well. Steps 1 and 3 don't communicate and run in a thread of each rank. The main thread waits
+for it in short collectives (see ``waiting``), or trains on where a save is in the background: then the thread writes
+from a copy in host memory, and ``advance`` at a step boundary takes the steps in between.
 
 Every rank calls every method that isn't said to be one rank's; the folder must be one that all ranks see.
 """
