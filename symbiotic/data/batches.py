@@ -5,6 +5,9 @@ Step ``k`` (from 0) takes samples ``k * global batch size`` and on. Microbatch `
 composition of every microbatch, don't depend on the number of ranks.
 """
 
+import math
+import queue
+import threading
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -13,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from symbiotic.data.unfold import Sample
-from symbiotic.errors import ConfigError
+from symbiotic.errors import ConfigError, UserError
 
 _SEQUENCES = (
     "tokens",
@@ -25,6 +28,18 @@ _SEQUENCES = (
     "image_span_ids",
 )
 _PROVENANCE = ("sample_id", "source_id", "window_id")
+
+_Place = tuple[torch.dtype, torch.Size, int]
+"""Type and shape of a tensor, and its first byte in the buffer of a step."""
+
+_Step = tuple[torch.Tensor, list[dict[str, _Place]]]
+"""The microbatches of a step as one buffer, see ``_pack``."""
+
+_ALIGNMENT = 8
+"""Bytes of the widest element."""
+
+_STEPS_READY = 2
+"""Steps that lie in this process before they are asked for; each data worker has two more."""
 
 
 class SampleSource(Protocol):
@@ -89,7 +104,7 @@ class BatchIterator:
         self._rank = data_parallel_rank
         self._size = data_parallel_size
         self._workers = workers
-        self._ahead: Iterator[list[dict[str, torch.Tensor]]] | None = None
+        self._ahead: _ReadAhead | None = None
         self._ahead_step = 0
 
     @property
@@ -108,9 +123,10 @@ class BatchIterator:
         if not self._workers:
             return self.read(step)
         if self._ahead is None or step != self._ahead_step:
-            self._ahead = self._start_workers(step)
+            self.close()
+            self._ahead = _ReadAhead(self._start_workers(step))
         self._ahead_step = step + 1
-        return next(self._ahead)
+        return self._ahead.take()
 
     def read(self, step: int) -> list[dict[str, torch.Tensor]]:
         """Read the microbatches of a step in this process."""
@@ -118,9 +134,11 @@ class BatchIterator:
 
     def close(self) -> None:
         """End the background processes; the next step that is asked for starts them again."""
+        if self._ahead is not None:
+            self._ahead.close()
         self._ahead = None
 
-    def _start_workers(self, step: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+    def _start_workers(self, step: int) -> Iterator[_Step | UserError]:
         # A generator of its own: the loader would draw from the global one, and a resumed run differ from one that
         # never stopped.
         # Forked, whatever Python's default is: the mapped shards and the cache of the blend can't be pickled.
@@ -135,7 +153,7 @@ class BatchIterator:
 
 
 class _Steps(Dataset):
-    """The steps from a first one on, as a map-style dataset that never ends."""
+    """The steps from a first one on, as a map-style dataset that never ends; each packed, see ``_pack``."""
 
     def __init__(self, batches: BatchIterator, *, first: int) -> None:
         self._batches = batches
@@ -144,5 +162,76 @@ class _Steps(Dataset):
     def __len__(self) -> int:
         return torch.iinfo(torch.int32).max
 
-    def __getitem__(self, number: int) -> list[dict[str, torch.Tensor]]:
-        return self._batches.read(self._first + number)
+    def __getitem__(self, number: int) -> _Step | UserError:
+        try:
+            return _pack(self._batches.read(self._first + number))
+        except UserError as error:  # the loader would raise it with a traceback for its sentence
+            return error
+
+
+class _ReadAhead:
+    """Takes steps from the data workers in a thread: receiving one takes milliseconds that nobody should wait for.
+
+    Args:
+        steps: the packed steps in turn, without end.
+    """
+
+    def __init__(self, steps: Iterator[_Step | UserError]) -> None:
+        self._ready: queue.Queue[list[dict[str, torch.Tensor]] | Exception] = queue.Queue(_STEPS_READY)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._receive, args=(steps,), name="data-steps", daemon=True)
+        self._thread.start()
+
+    def take(self) -> list[dict[str, torch.Tensor]]:
+        """The microbatches of the next step; raises what a worker has failed with."""
+        step = self._ready.get()
+        if isinstance(step, Exception):
+            self._ready.put(step)  # for whoever asks again
+            raise step
+        return step
+
+    def close(self) -> None:
+        """End the thread and with it the workers."""
+        self._closed.set()
+        while self._thread.is_alive():
+            try:  # a full queue may hold the thread up
+                self._ready.get(timeout=0.01)
+            except queue.Empty:
+                continue
+
+    def _receive(self, steps: Iterator[_Step | UserError]) -> None:
+        try:
+            while not self._closed.is_set():
+                step = next(steps)
+                if isinstance(step, UserError):
+                    raise step
+                self._ready.put(_unpack(*step))
+        except Exception as error:
+            self._ready.put(error)
+
+
+def _pack(batches: list[dict[str, torch.Tensor]]) -> _Step:
+    """All tensors of a step as bytes, and where each lies.
+
+    A process hands a tensor over as a descriptor of shared memory, at a cost of its own for each: a step of many small
+    tensors would make the receiver wait though it was read long before.
+    """
+    places, parts, size = [], [], 0
+    for batch in batches:
+        places.append({})
+        for name, tensor in batch.items():
+            places[-1][name] = (tensor.dtype, tensor.shape, size)
+            part = tensor.contiguous().view(-1).view(torch.uint8)
+            padding = torch.zeros(-len(part) % _ALIGNMENT, dtype=torch.uint8)
+            parts += [part, padding]
+            size += len(part) + len(padding)
+    return torch.cat(parts), places
+
+
+def _unpack(buffer: torch.Tensor, places: list[dict[str, _Place]]) -> list[dict[str, torch.Tensor]]:
+    """The tensors of :func:`_pack`, as views."""
+
+    def view(dtype: torch.dtype, shape: torch.Size, first: int) -> torch.Tensor:
+        return buffer[first : first + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    return [{name: view(*place) for name, place in batch.items()} for batch in places]

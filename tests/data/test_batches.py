@@ -6,7 +6,7 @@ import torch
 from symbiotic.data.batches import BatchIterator
 from symbiotic.data.blend import BlendedDataset, Mixture
 from symbiotic.data.dataset import DocumentDataset, SinglePass
-from symbiotic.errors import ConfigError
+from symbiotic.errors import ConfigError, DataError
 from tests.data.corpora import Image, Text, make_vocabulary, write_shard
 
 VOCABULARY = make_vocabulary()
@@ -92,6 +92,29 @@ def test_background_workers_read_the_same(blend):
             assert_equal(mine, expected)
     ahead.close()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Torn:
+    """A corpus of which a sample can't be read."""
+
+    def __init__(self, dataset, at: int) -> None:
+        self._dataset, self._at = dataset, at
+        self.sequence_length = dataset.sequence_length
+
+    def sample(self, index: int):
+        if index == self._at:
+            raise DataError("shards/a.bin has vanished")
+        return self._dataset.sample(index)
+
+
+def test_a_mistake_that_a_worker_finds_is_one_sentence_at_its_step(blend):
+    ahead = batches(Torn(blend, at=30), workers=2)
+    for step in (0, 1):
+        ahead.microbatches(step)
+    for _ in range(2):  # asked again it says the same
+        with pytest.raises(DataError, match=r"^shards/a.bin has vanished$"):
+            ahead.microbatches(2)
+    ahead.close()
 
 
 def test_a_finite_dataset_ends_in_padding_on_every_rank(sources):
