@@ -204,4 +204,21 @@ RELIABILITY = [
         why="a server that was away for a moment cost the newest checkpoint",
         fails_with=("symbiotic.errors.CheckpointError", "Failed: DID NOT RAISE"),
     ),
+    Mutation(
+        name="one-rank-writes-the-whole-optimizer",
+        file="symbiotic/training/checkpoint/optimizer_state.py",
+        old="loads.index(min(loads))",
+        new="0",
+        test="tests/training/test_checkpoint_scale.py::test_writers_are_balanced_by_size",
+        why="data-parallel rank 0 gathered and wrote the state of all",
+    ),
+    Mutation(
+        name="files-are-read-within-one-collective",
+        file="symbiotic/training/checkpoint/waiting.py",
+        old="    wait_everywhere(work)\n    return on_every_rank(work.result)",
+        new="    return on_every_rank(work.result)",
+        test="tests/training/test_checkpoint_scale.py::test_no_rank_waits_for_files_within_one_collective",
+        why="a load that lasted longer than run.timeout_minutes ended a healthy run",
+        fails_with=("tests.support.ranks.RankFailed",),
+    ),
 ]

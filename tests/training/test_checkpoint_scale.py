@@ -30,6 +30,7 @@ def bits(tensor):
     return tensor.contiguous().view(torch.int32)
 
 
+@pytest.mark.slow
 def test_the_optimizer_state_is_what_megatron_gathers(four_ranks):
     """Every moment and master in the files, bit for bit, and nothing else; a resume gives each rank its own again."""
     run, ranks = four_ranks
@@ -43,6 +44,7 @@ def test_the_optimizer_state_is_what_megatron_gathers(four_ranks):
     assert all(rank["restored"] for rank in ranks)
 
 
+@pytest.mark.slow
 def test_a_rank_gathers_copies_and_reads_its_share(four_ranks):
     _, ranks = four_ranks
     whole = [sum(values.numel() for _, _, values in rank["reference"]) for rank in ranks]
