@@ -185,15 +185,15 @@ class SymbioticGate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(num_experts, hidden_size))
 
-    def forward(self, rows: Tensor) -> Tensor:
-        """Logits [N, experts of the group] of rows [N, h], in their dtype."""
-        return nn.functional.linear(rows, self.weight.to(rows.dtype))
+    def forward(self) -> Tensor:
+        """The weight [experts, h]: offloading brings it when the module is called, not when it is read."""
+        return self.weight
 
 
 class SymbioticRouter(nn.ModuleDict):
     """Routers by name. Each token's router scores the experts of its own group and no others.
 
-    All routers' logits are joined to C columns; a token's logits outside its own router's columns are -inf
+    All routers' weights are joined to C columns; a token's logits outside its own router's columns are -inf
     *before* the score function and top-k, so that a group's result doesn't depend on the other groups.
     """
 
@@ -224,9 +224,9 @@ class SymbioticRouter(nn.ModuleDict):
 
     def joint_logits(self, rows: Tensor, router_ids: Tensor) -> Tensor:
         """Logits [N, C] of rows [N, h] in the router's dtype, -inf outside each row's own router [N]."""
-        rows = rows.to(self.dtype or rows.dtype)
-        # Each gate is called, since offloading brings the weights of a module that is called.
-        logits_NC = torch.cat([gate(rows) for gate in self.values()], dim=-1)
+        dtype = self.dtype or rows.dtype
+        weight = torch.cat([gate() for gate in self.values()])
+        logits_NC = nn.functional.linear(rows.to(dtype), weight.to(dtype))
         return logits_NC.masked_fill(router_ids.unsqueeze(1) != self.router_of_column, float("-inf"))
 
     def ranking(self, logits_NC: Tensor) -> Tensor:
