@@ -1,4 +1,4 @@
-"""Option values that several command lines read: ``NAME=VALUE`` pairs and image sizes. Imports nothing heavy."""
+"""Option values that command lines read: ``NAME=VALUE`` pairs and image sizes. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -44,7 +44,20 @@ def resolution(text: str) -> tuple[int, int]:
     Raises:
         ConfigError: the word has another form.
     """
+    return _two_numbers(text, option="--resolution", remedy="write rows and columns of codes such as 16x24")
+
+
+def image_size(text: str) -> tuple[int, int]:
+    """(height, width) in pixels of a ``--size`` such as ``256x384``.
+
+    Raises:
+        ConfigError: the word has another form.
+    """
+    return _two_numbers(text, option="--size", remedy="write height and width in pixels such as 256x384")
+
+
+def _two_numbers(text: str, *, option: str, remedy: str) -> tuple[int, int]:
     match = _SIZE.fullmatch(text)
     if match is None:
-        raise ConfigError(f"--resolution {text!r} is no size; write rows and columns of codes such as 16x24")
+        raise ConfigError(f"{option} {text!r} is no size; {remedy}")
     return int(match[1]), int(match[2])

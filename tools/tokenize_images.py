@@ -16,19 +16,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from symbiotic.command_line import image_size
 from symbiotic.data.chunked_run import RunOptions
+from symbiotic.data.compressed_lines import COMPRESSIONS
 from symbiotic.data.formats import FORMATS
-from symbiotic.data.image_fit import FITS, RESAMPLING, ImageFit, parse_size
-from symbiotic.data.image_preview import write_preview
-from symbiotic.data.image_tokens import DEVICES, TokenizeSettings, make_tokenizer, resolve, tokenize_images
-from symbiotic.data.image_tokens_chunk import COMPRESSIONS
-from symbiotic.data.plan import JobShare, output_prefix
+from symbiotic.data.image_fit import FITS, RESAMPLING, ImageFit
+from symbiotic.data.image_tokens import DEVICES, TokenizeSettings, tokenize_images
+from symbiotic.data.plan import JobShare
 from symbiotic.data.progress_display import ProgressDisplay
-from symbiotic.data.readers import check_inputs
-from symbiotic.data.shards import shard_path
 from symbiotic.errors import DataError, exits_on_user_error
-
-PREVIEW_SUFFIX = ".preview.png"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,8 +53,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="HEIGHTxWIDTH",
         help="pixels of an image; given several times, each picture gets the one nearest in its ratio of sides",
     )
-    parser.add_argument("--resample", choices=RESAMPLING, default="bicubic", help="filter (default bicubic)")
-    parser.add_argument("--pad-value", type=int, default=255, help="grey of the ground of --fit pad (default 255)")
+    parser.add_argument("--resample", choices=RESAMPLING, help="filter of --fit (default bicubic)")
+    parser.add_argument("--pad-value", type=int, help="grey of the ground of --fit pad (default 255)")
+    parser.add_argument(
+        "--background", type=int, default=255, help="grey that transparent pixels are laid on (default 255)"
+    )
     parser.add_argument("--batch-size", type=int, help="images encoded at once (default 32 on a GPU, else 1)")
     parser.add_argument("--device", choices=DEVICES, help="where networks run (default: the GPUs, if there are any)")
     parser.add_argument("--workers", type=int, default=1, help="processes, spread over the GPUs (default 1)")
@@ -72,26 +71,43 @@ def parse_arguments() -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="first write OUTPUT.preview.png: N images and their decodings",
+        help="at the end write OUTPUT.preview.png: N images, each beside what its codes decode to",
     )
     return parser.parse_args()
+
+
+def read_fit(arguments: argparse.Namespace) -> ImageFit:
+    """What is to be done to pictures.
+
+    Raises:
+        DataError: an option is impossible, or would do nothing.
+    """
+    options = {name: getattr(arguments, name) for name in ("resample", "pad_value")}
+    given = {name: value for name, value in options.items() if value is not None}
+    if "resample" in given and arguments.fit == "none":
+        raise DataError("--resample does nothing without --fit, as no picture is scaled; give both or neither")
+    if "pad_value" in given and arguments.fit != "pad":
+        raise DataError("--pad-value does nothing without --fit pad; give both or neither")
+    return ImageFit(
+        policy=arguments.fit,
+        sizes=tuple(map(image_size, arguments.size)),
+        background=arguments.background,
+        **given,
+    )
 
 
 @exits_on_user_error
 def main() -> None:
     """Tokenize as the command line says."""
     arguments = parse_arguments()
+    if arguments.preview < 0:
+        raise DataError(f"--preview {arguments.preview} isn't possible; give a number of images")
     settings = TokenizeSettings(
         codec=arguments.codec,
         image_root=arguments.image_root,
         vocabulary=arguments.vocabulary,
         format=arguments.format,
-        fit=ImageFit(
-            policy=arguments.fit,
-            sizes=tuple(map(parse_size, arguments.size)),
-            resample=arguments.resample,
-            pad_value=arguments.pad_value,
-        ),
+        fit=read_fit(arguments),
         batch_size=arguments.batch_size,
         device=arguments.device,
         compression=arguments.compression,
@@ -103,22 +119,22 @@ def main() -> None:
         resume=arguments.resume,
         chunk_bytes=arguments.chunk_bytes,
     )
-    if arguments.preview < 0:
-        raise DataError(f"--preview {arguments.preview} isn't possible; give a number of images")
-    if arguments.preview:
-        check_inputs(arguments.input, format=arguments.format)
-        path = shard_path(output_prefix(arguments.output, split="", job=options.job), PREVIEW_SUFFIX)
-        count = write_preview(
-            path, arguments.input, tokenizer=make_tokenizer(*resolve(settings)), count=arguments.preview
-        )
-        print(f"{path}: {count} images, each with its reconstruction to the right of it")
     with ProgressDisplay() as display:
         result = tokenize_images(
-            arguments.input, output=arguments.output, settings=settings, options=options, report=display
+            arguments.input,
+            output=arguments.output,
+            settings=settings,
+            options=options,
+            report=display,
+            preview=arguments.preview,
         )
     manifest = result.manifest
     sizes = ", ".join(f"{count:,} of {name} codes" for name, count in manifest["resolutions"].items()) or "none"
     print(f"{result.folder}: {manifest['documents']:,} documents, {manifest['images']:,} images ({sizes})")
+    if result.preview_file is not None:
+        print(f"{result.preview_file}: {result.num_shown} images, each with its reconstruction to the right of it")
+    elif arguments.preview:
+        print("warning: there is no picture for a preview", file=sys.stderr)
     if result.rejected_file is not None:
         print(f"warning: {manifest['rejected']} bad records, listed in {result.rejected_file}", file=sys.stderr)
 

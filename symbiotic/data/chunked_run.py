@@ -6,8 +6,9 @@ made from. A run that was killed goes on from its parts. Records left out stand 
 
 import fcntl
 import json
+import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +23,11 @@ from symbiotic.data.worker_pool import ChunkJob, ChunkWork, Counts, Rejected, ru
 from symbiotic.errors import DataError
 from symbiotic.files import replacing, write_json
 
+logger = logging.getLogger(__name__)
+
 REJECTED_SUFFIX, PARTS_SUFFIX = ".rejected.jsonl", ".parts"
+
+_NOTHING = Counts(0, 0, 0, 0)
 
 
 @dataclass(kw_only=True)
@@ -35,7 +40,8 @@ class RunProgress:
         num_documents: documents done.
         num_tokens: tokens done, without those the dataset adds.
         num_rejected: records left out.
-        resumed_bytes: of the bytes done, those of an earlier run.
+        num_images: pictures turned into codes by image tokenization.
+        resumed: what of this an earlier run had done.
     """
 
     total_bytes: int
@@ -43,7 +49,8 @@ class RunProgress:
     num_documents: int = 0
     num_tokens: int = 0
     num_rejected: int = 0
-    resumed_bytes: int = 0
+    num_images: int = 0
+    resumed: Counts = _NOTHING
 
     def add(self, other: Counts) -> None:
         """Count what was done."""
@@ -51,6 +58,12 @@ class RunProgress:
         self.num_documents += other.num_documents
         self.num_tokens += other.num_tokens
         self.num_rejected += other.num_rejected
+        self.num_images += other.num_images
+
+    @property
+    def counts(self) -> Counts:
+        """All that is done."""
+        return Counts(*(getattr(self, name) for name in Counts._fields))
 
 
 Report = Callable[[RunProgress], None]
@@ -90,13 +103,14 @@ class FinishedPart(Protocol):
     num_documents: int
     num_tokens: int
     num_rejected: int
+    num_images: int
 
     def rejected_lines(self) -> bytes:
         """The rejected records as JSON lines."""
         ...
 
-    def image_files(self) -> list[ImageFile]:
-        """The image files that were read for it."""
+    def image_files(self) -> Iterable[ImageFile]:
+        """The image files that it was made from, those that couldn't be read among them."""
         ...
 
 
@@ -163,13 +177,17 @@ class ChunkedRun[Part: FinishedPart]:
         """The chunks of this run; drops what an earlier one left, unless it is to go on.
 
         Raises:
-            DataError: the parts that are there belong to another run, or their images were changed.
+            DataError: the parts that are there belong to another run.
         """
         plan_file = self.folder / "plan.json"
         if self._options.resume and any(self.folder.glob("*.part")):
             plan = read_json(plan_file) or {}
             before = plan.get("fingerprint", {})
-            changed = [name for name, value in self._identity.items() if before.get(name) != value]
+            changed = [
+                _difference(name, before.get(name), value)
+                for name, value in self._identity.items()
+                if before.get(name) != value
+            ]
             if changed:
                 raise DataError(
                     f"{self.folder}: its parts were made with another {' and '.join(changed)}; start over without "
@@ -177,7 +195,7 @@ class ChunkedRun[Part: FinishedPart]:
                 )
             self._remove_temporary()
             chunks = [Chunk(**chunk) for chunk in plan["chunks"]]
-            self._check_images(len(chunks))
+            self._drop_outdated(len(chunks))
             return chunks
         for path in self.folder.glob("*.part"):
             path.unlink()
@@ -202,10 +220,12 @@ class ChunkedRun[Part: FinishedPart]:
         jobs = []
         for number, chunk in enumerate(chunks):
             if part := self._finished(number):
-                progress.add(Counts(chunk.num_bytes, part.num_documents, part.num_tokens, part.num_rejected))
+                progress.add(
+                    Counts(chunk.num_bytes, part.num_documents, part.num_tokens, part.num_rejected, part.num_images)
+                )
             else:
                 jobs.append(ChunkJob(number=number, chunk=chunk, path=self._path(number)))
-        progress.resumed_bytes = progress.num_bytes
+        progress.resumed = progress.counts
 
         def on_counts(counts: Counts) -> None:
             progress.add(counts)
@@ -245,16 +265,22 @@ class ChunkedRun[Part: FinishedPart]:
     def _finished(self, number: int) -> Part | None:
         return self._open_part(self._path(number)) if self._path(number).exists() else None
 
-    def _check_images(self, num_parts: int) -> None:
-        """Refuse to go on with parts whose images were changed since."""
+    def _drop_outdated(self, num_parts: int) -> None:
+        """Remove parts of images that were changed since, so that they are made again; it is said once."""
+        changed = []
         for number in range(num_parts):
             part = self._finished(number)
-            changed = self._images.changed(part.image_files()) if part else None
-            if changed is not None:
-                raise DataError(
-                    f"{changed}: the image was changed or removed since a part in {self.folder} was made from it; "
-                    "start over without --resume or put it back"
-                )
+            path = self._images.changed(part.image_files()) if part else None
+            if path is not None:
+                self._path(number).unlink()
+                changed.append(path)
+        if changed:
+            logger.warning(
+                "%s: the image was changed, removed or added since a part in %s was made; %d part(s) made again",
+                changed[0],
+                self.folder,
+                len(changed),
+            )
 
     def _remove_temporary(self) -> None:
         """Remove what a killed run left half written; nobody else writes here, as the folder is locked."""
@@ -291,6 +317,14 @@ class ChunkedRun[Part: FinishedPart]:
             f"{entry['file']}:{entry['line']}: {entry['reason']} (bad record number {limit + 1}, --max-bad-records is "
             f"{limit}; nothing was written{earlier}; the reasons of {count} are in {self.rejected})"
         )
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """An entry of a fingerprint, with both values of what differs in it where it has entries itself."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return name
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return f"{name} ({', '.join(f'{key} {before.get(key)}, now {now.get(key)}' for key in keys)})"
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -70,7 +70,7 @@ class EncodedBatch:
         block: the documents, tokens as int32.
         num_bytes: bytes of input.
         rejections: records left out, in file order.
-        image_files: files under the image root that were read.
+        image_files: files under the image root that were asked for.
     """
 
     block: DocumentBlock
@@ -213,9 +213,7 @@ class DocumentEncoder:
     def _pixels_to_codes(self, segment: ImageSegment) -> np.ndarray:
         if self.codec is None:
             raise DataError("it stands as pixels and no image codec was given; give --codec or records with tokens")
-        data, file = self._images.read(segment)
-        if file is not None:
-            self._image_files.append(file)
+        data = self._images.read(segment, asked=self._image_files)
         return self.codec.encode(read_image(data, channels=self.codec.channels))
 
 

@@ -1,11 +1,11 @@
 """How pictures of any size become images of the sizes that a vocabulary has a resolution for."""
 
-import re
 from dataclasses import dataclass
 from fractions import Fraction
 
 from PIL import Image
 
+from symbiotic.data.codecs.pixels import WHITE
 from symbiotic.errors import DataError
 
 FITS = ("none", "center_crop", "resize", "pad")
@@ -18,18 +18,6 @@ Size = tuple[int, int]
 """(height, width) in pixels."""
 
 
-def parse_size(text: str) -> Size:
-    """(height, width) of a word such as ``256x384``.
-
-    Raises:
-        DataError: the word has another form.
-    """
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise DataError(f"--size {text!r} is no size; write height and width in pixels such as 256x384")
-    return int(match[1]), int(match[2])
-
-
 @dataclass(frozen=True, kw_only=True)
 class ImageFit:
     """What is done to pictures.
@@ -40,20 +28,23 @@ class ImageFit:
             those the one with the nearest area. Without any, pictures are taken as they are.
         resample: filter, a key of `RESAMPLING`.
         pad_value: grey of the ground under policy ``pad``, 0 to 255.
+        background: grey that transparent pixels are laid on, 0 to 255.
     """
 
     policy: str = "none"
     sizes: tuple[Size, ...] = ()
     resample: str = "bicubic"
     pad_value: int = 255
+    background: int = WHITE
 
     def __post_init__(self) -> None:
         if self.policy not in FITS:
             raise DataError(f"--fit {self.policy!r} isn't known; give one of {', '.join(FITS)}")
         if self.resample not in RESAMPLING:
             raise DataError(f"--resample {self.resample!r} isn't known; give one of {', '.join(RESAMPLING)}")
-        if not 0 <= self.pad_value <= 255:
-            raise DataError(f"--pad-value {self.pad_value} is no grey; give 0 (black) to 255 (white)")
+        for option, grey in (("--pad-value", self.pad_value), ("--background", self.background)):
+            if not 0 <= grey <= 255:
+                raise DataError(f"{option} {grey} is no grey; give 0 (black) to 255 (white)")
         if len(set(self.sizes)) != len(self.sizes):
             raise DataError("a --size is given twice; give every size once")
 

@@ -1,17 +1,19 @@
-"""A look at an image codec: pictures as they are encoded, beside what their codes decode to."""
+"""A look at tokenized images: pictures as they were encoded, beside what their codes in the output decode to."""
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from symbiotic.data.codecs import png_bytes
+from symbiotic.data.compressed_lines import read_lines
 from symbiotic.data.image_tokens_chunk import RecordTokenizer
-from symbiotic.data.readers import RawRecord, container_of, read_chunk
-from symbiotic.errors import DataError
+from symbiotic.data.readers import Chunk, read_chunk
 from symbiotic.files import replacing
-from symbiotic.tokens.documents import RecordError
+
+PREVIEW_SUFFIX = ".preview.png"
 
 GAP = 4
 """Pixels between pictures."""
@@ -22,27 +24,39 @@ _LEAST_SIDE = 96
 _MOST_WIDTH = 2000
 
 
-def write_preview(path: Path, inputs: Sequence[Path], *, tokenizer: RecordTokenizer, count: int) -> int:
+def write_preview(path: Path, done: Iterable[tuple[Chunk, Path]], *, tokenizer: RecordTokenizer, count: int) -> int:
     """Write a PNG of the first images of a corpus, each with its reconstruction to the right of it.
 
-    Returns:
-        how many images it has.
+    Args:
+        path: the PNG.
+        done: chunks of the input, each with the file of records that it became.
+        tokenizer: what the run used; its codec must be able to decode.
+        count: images to show.
 
-    Raises:
-        DataError: the codec can't decode, or there is no image.
+    Returns:
+        how many images it has; without any, no file is written.
     """
-    codec = tokenizer.codec
-    if not codec.can_decode:
-        raise DataError("--preview: this image tokenizer comes without a decoder; leave --preview out")
-    pairs = [
-        (pixels, codec.decode(codec.encode(pixels))) for pixels in islice(_images(inputs, tokenizer=tokenizer), count)
-    ]
-    if not pairs:
-        raise DataError("--preview: the corpus has no picture that can be shown; leave --preview out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as file:
-        file.write(png_bytes(contact_sheet(pairs)))
+    shown = islice((pair for chunk, records in done for pair in _images(chunk, records, tokenizer=tokenizer)), count)
+    pairs = [(pixels, tokenizer.codec.decode(codes)) for pixels, codes in shown]
+    if pairs:
+        with replacing(path) as file:
+            file.write(png_bytes(contact_sheet(pairs)))
     return len(pairs)
+
+
+def _images(chunk: Chunk, records: Path, *, tokenizer: RecordTokenizer) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pixels, as they were encoded, and codes, as they were written, of the images of a chunk.
+
+    The file has the chunk's records in their order, without those that couldn't be used.
+    """
+    prepared = (one for one in map(tokenizer.prepare, read_chunk(chunk, format=tokenizer.format)) if one.value)
+    for line in read_lines(records):
+        written = json.loads(line)
+        for record in prepared:
+            if record.value["id"] == written["id"]:
+                for place, pixels in record.images.items():
+                    yield pixels, np.array(written["segments"][place]["tokens"])
+                break
 
 
 def contact_sheet(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -68,16 +82,3 @@ def _enlarged(pixels: np.ndarray) -> np.ndarray:
 
 def _gap(pixels: np.ndarray) -> np.ndarray:
     return np.full((pixels.shape[0] * _scale(pixels), GAP, pixels.shape[2]), 255, dtype=np.uint8)
-
-
-def _images(inputs: Sequence[Path], *, tokenizer: RecordTokenizer) -> Iterator[np.ndarray]:
-    """Pixels of the images of all records that can be used, as they are encoded."""
-    for path in inputs:
-        # One chunk a file, of which no more is read than is wanted.
-        for chunk in container_of(path).split(path, max(path.stat().st_size, 1)):
-            for record in read_chunk(chunk, format=tokenizer.format):
-                if isinstance(record, RawRecord):
-                    try:
-                        yield from tokenizer.prepare(record).images.values()
-                    except RecordError:
-                        continue  # the run itself lists it

@@ -5,8 +5,8 @@ bytes whatever the number of processes and of restarts. At the end all files of 
 at once, with a manifest: a folder that is there is whole. ``OUTPUT.rejected.jsonl`` lists records that can't be used.
 """
 
-import hashlib
 import importlib.metadata
+import logging
 import os
 import shutil
 from collections import Counter
@@ -18,30 +18,31 @@ from typing import Any
 
 from symbiotic.data.chunked_run import ChunkedRun, Report, RunOptions, read_json
 from symbiotic.data.codecs import ImageCodec, load_codec
+from symbiotic.data.compressed_lines import COMPRESSIONS
 from symbiotic.data.formats import corpus_format
+from symbiotic.data.image_files import ImageRoot, read_image_list
 from symbiotic.data.image_fit import ImageFit
-from symbiotic.data.image_tokens_chunk import (
-    COMPRESSIONS,
-    FILES_FOLDER,
-    RecordsPart,
-    RecordTokenizer,
-    tokenize_chunk,
-)
-from symbiotic.data.plan import default_chunk_bytes, output_prefix
-from symbiotic.data.readers import check_inputs
+from symbiotic.data.image_preview import PREVIEW_SUFFIX, write_preview
+from symbiotic.data.image_tokens_chunk import FILES_FOLDER, RecordsPart, RecordTokenizer, tokenize_chunk
+from symbiotic.data.plan import default_chunk_bytes, output_prefix, plan_chunks, with_first_lines
+from symbiotic.data.readers import Chunk, check_inputs
+from symbiotic.data.shards import shard_path
 from symbiotic.data.worker_pool import ChunkWork
 from symbiotic.errors import DataError
-from symbiotic.files import fsync_folder, write_json
+from symbiotic.files import fsync_folder, replacing, sha256_of, write_json
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
+logger = logging.getLogger(__name__)
+
 MANIFEST_FILE = "manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+
+IMAGES_FILE = "images.zst"
+"""In the output: the image files that it was made from, a line each, with sizes and times."""
 
 DEVICES = ("cpu", "cuda")
 DEFAULT_BATCH_SIZE = {"cpu": 1, "cuda": 32}
 """A processor gains nothing from larger batches; a GPU does."""
-
-_PACKAGES = ("pillow", "numpy", "torch", "transformers", "diffusers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,13 +78,23 @@ class TokenizeSettings:
             raise DataError(f"--compression {self.compression!r} isn't known; give one of {', '.join(COMPRESSIONS)}")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class TokenizeResult:
-    """What a finished run wrote: folder, manifest, counts, and the quarantine file if any."""
+    """What a finished run wrote.
+
+    Attributes:
+        folder: the records.
+        manifest: what they are made from and how many they are.
+        rejected_file: the quarantine file, if any record was left out.
+        preview_file: the PNG of `write_preview`, if one was asked for and there is a picture.
+        num_shown: pictures on it.
+    """
 
     folder: Path
     manifest: dict[str, Any]
     rejected_file: Path | None
+    preview_file: Path | None = None
+    num_shown: int = 0
 
 
 def tokenize_images(
@@ -93,6 +104,7 @@ def tokenize_images(
     settings: TokenizeSettings,
     options: RunOptions | None = None,
     report: Report | None = None,
+    preview: int = 0,
 ) -> TokenizeResult:
     """Write the records of input files with codes in place of their pictures.
 
@@ -102,14 +114,17 @@ def tokenize_images(
         settings: what the codes depend on.
         options: how to go about the work.
         report: called now and then, and when all is counted.
+        preview: pictures to show in ``OUTPUT.preview.png``, each beside what its codes in the output decode to.
 
     Raises:
-        DataError: a file is missing or wrong, no record is left, more records are bad than allowed, or the parts of
-            an earlier run don't belong to this one.
+        DataError: a file is missing or wrong, no record is left, more records are bad than allowed, the parts of an
+            earlier run don't belong to this one, or the codec can't decode what is to be shown.
     """
     options = options or RunOptions()
     total = check_inputs(inputs, format=settings.format)
     settings, codec = resolve(settings)
+    if preview and not codec.can_decode:
+        raise DataError("--preview: this image tokenizer comes without a decoder; leave --preview out")
     chunk_bytes = options.chunk_bytes or default_chunk_bytes(total)
     identity = _fingerprint(inputs, settings=settings, codec=codec, options=options, chunk_bytes=chunk_bytes)
     folder = output_prefix(output, split="", job=options.job)
@@ -123,34 +138,59 @@ def tokenize_images(
         open_part=RecordsPart.open,
     )
     with run.locked():
-        if options.resume and (finished := _finished(folder, run, identity=identity)):
+        manifest = _finished(folder, settings=settings, identity=identity) if options.resume else None
+        if manifest is not None:
             run.drop_parts()  # a kill may have come between the output and their removal
-            return finished
-        chunks = run.plan(inputs, chunk_bytes=chunk_bytes)
-        start = partial(
-            start_tokenizing,
-            codec=codec if options.workers == 1 else None,
-            settings=settings,
-            limit=options.max_bad_records,
+        else:
+            chunks = run.plan(inputs, chunk_bytes=chunk_bytes)
+            start = partial(
+                start_tokenizing,
+                # One that is to run on a GPU is loaded there.
+                codec=codec if options.workers == 1 and settings.device == "cpu" else None,
+                settings=settings,
+                limit=options.max_bad_records,
+            )
+            run.work(chunks, start=start, report=report or (lambda progress: None))
+            manifest = _assemble(folder, run, num_parts=len(chunks), identity=identity, codec=codec)
+        result = TokenizeResult(
+            folder=folder, manifest=manifest, rejected_file=run.rejected if manifest["rejected"] else None
         )
-        progress = run.work(chunks, start=start, report=report or (lambda progress: None))
-        manifest = _assemble(folder, run, num_parts=len(chunks), identity=identity, codec=codec)
-    return TokenizeResult(
-        folder=folder, manifest=manifest, rejected_file=run.rejected if progress.num_rejected else None
-    )
+        if preview:
+            chunks = plan_chunks(inputs, chunk_bytes=chunk_bytes, job=options.job)
+            _preview(result, chunks, tokenizer=make_tokenizer(settings, codec), options=options, count=preview)
+    return result
+
+
+def _preview(
+    result: TokenizeResult,
+    chunks: Sequence[Chunk],
+    *,
+    tokenizer: RecordTokenizer,
+    options: RunOptions,
+    count: int,
+) -> None:
+    """Show the first images of an output, whose files of records stand in the order of the chunks."""
+    chunks = with_first_lines(chunks, workers=options.workers)  # a record without id is named after its line
+    records = [result.folder / entry["name"] for entry in result.manifest["files"]]
+    path = shard_path(result.folder, PREVIEW_SUFFIX)
+    result.num_shown = write_preview(path, zip(chunks, records, strict=True), tokenizer=tokenizer, count=count)
+    result.preview_file = path if result.num_shown else None
 
 
 def resolve(settings: TokenizeSettings) -> tuple[TokenizeSettings, ImageCodec]:
-    """Settings without defaults, and the codec on its device.
+    """Settings without defaults, and the codec on the processor.
 
     Raises:
         DataError: codec, vocabulary and sizes don't belong together, or there is no such device.
     """
     codec = load_codec(settings.codec)
     # Only networks have a device; asking torch for a GPU would load it for the others.
-    device = _device(settings.device) if hasattr(codec, "device") else "cpu"
-    if device != "cpu":
-        codec = load_codec(settings.codec, device=device)
+    is_network = hasattr(codec, "device")
+    if settings.device == "cuda" and not is_network:
+        raise DataError(
+            f"--device cuda does nothing for the codec in {settings.codec}, which is no network; leave it out"
+        )
+    device = _device(settings.device) if is_network else "cpu"
     vocabulary = _load_vocabulary(settings.vocabulary, codec=codec, folder=settings.codec)
     fit = settings.fit
     if vocabulary is not None and not fit.sizes:
@@ -231,6 +271,7 @@ def _fingerprint(
         "vocabulary": VocabularyLayout.load(settings.vocabulary).digest if settings.vocabulary else None,
         "image_root": str(settings.image_root) if settings.image_root else None,
         "fit": asdict(settings.fit) | {"sizes": [list(size) for size in settings.fit.sizes]},
+        "packages": {name: _version(name) for name in ("pillow", *codec.packages)},
         "batch_size": settings.batch_size,
         "device": settings.device,
         "compression": settings.compression,
@@ -239,24 +280,39 @@ def _fingerprint(
     }
 
 
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # as of a build in place
+        return None
+
+
 def _check_output(folder: Path) -> None:
     """Refuse a folder that holds something else."""
     if folder.exists() and not (folder.is_dir() and ((folder / MANIFEST_FILE).exists() or not any(folder.iterdir()))):
         raise DataError(f"{folder}: there is something else than tokenized records; give another --output")
 
 
-def _finished(folder: Path, run: ChunkedRun[RecordsPart], *, identity: dict[str, Any]) -> TokenizeResult | None:
-    """The result of an earlier run of this fingerprint whose files are all there."""
+def _finished(folder: Path, *, settings: TokenizeSettings, identity: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of an earlier run of this fingerprint whose files are all there, made from the images of today."""
     manifest = read_json(folder / MANIFEST_FILE)
     if manifest is None or manifest.get("fingerprint") != identity:
         return None
-    for entry in manifest["files"]:
+    for entry in (*manifest["files"], manifest["image_files"]):
         path = folder / entry["name"]
         if not path.exists() or path.stat().st_size != entry["bytes"]:
             return None
-    return TokenizeResult(
-        folder=folder, manifest=manifest, rejected_file=run.rejected if manifest["rejected"] else None
-    )
+    try:
+        changed = ImageRoot(settings.image_root).changed(read_image_list(folder / IMAGES_FILE))
+    except (OSError, ValueError, TypeError) as error:
+        logger.warning("%s: damaged (%s); the output is made again", folder / IMAGES_FILE, error)
+        return None
+    if changed is not None:
+        logger.warning(
+            "%s: the image was changed, removed or added since %s was made; it is made again", changed, folder
+        )
+        return None
+    return manifest
 
 
 def _assemble(
@@ -265,15 +321,17 @@ def _assemble(
     """Write the manifest beside the files of records and move them to their place at once."""
     files: list[dict[str, Any]] = []
     resolutions: Counter[str] = Counter()
-    num_codes, num_rejected, num_images, images = 0, 0, 0, hashlib.sha256()
-    for number in range(num_parts):
-        part = run.part(number)
-        files.append(part.file)
-        resolutions += part.resolutions
-        num_codes, num_rejected = num_codes + part.num_tokens, num_rejected + part.num_rejected
-        for image in part.image_files():
-            num_images += 1
-            images.update(f"{image.size} {image.mtime_ns} {image.path}\n".encode("utf-8", "surrogateescape"))
+    num_codes, num_rejected, num_image_files = 0, 0, 0
+    made = run.folder / FILES_FOLDER
+    with replacing(made / IMAGES_FILE) as image_list:
+        for number in range(num_parts):
+            part = run.part(number)
+            files.append(part.file)
+            resolutions += part.resolutions
+            num_codes, num_rejected = num_codes + part.num_tokens, num_rejected + part.num_rejected
+            num_image_files += part.num_image_files
+            with open(part.image_list, "rb") as images:  # one frame after the other is one file
+                shutil.copyfileobj(images, image_list)
     num_documents = sum(entry["documents"] for entry in files)
     if not num_documents:
         raise DataError(f"{folder}: the corpus gave no document; nothing was written")
@@ -291,13 +349,17 @@ def _assemble(
         "codes": num_codes,
         "resolutions": dict(sorted(resolutions.items())),
         "rejected": num_rejected,
-        "image_files": {"count": num_images, "sha256": images.hexdigest()},
-        "made_with": _versions(),
+        "image_files": {
+            "name": IMAGES_FILE,
+            "bytes": (made / IMAGES_FILE).stat().st_size,
+            "sha256": sha256_of(made / IMAGES_FILE),
+            "count": num_image_files,
+        },
         "files": files,
     }
-    made = run.folder / FILES_FOLDER
+    written = {IMAGES_FILE, *(entry["name"] for entry in files)}
     for path in made.iterdir():  # of an earlier run with more chunks, or half written
-        if path.name not in {entry["name"] for entry in files}:
+        if path.name not in written:
             path.unlink()
     write_json(made / MANIFEST_FILE, manifest)
     old = run.folder / "replaced"
@@ -308,14 +370,3 @@ def _assemble(
     fsync_folder(folder.parent)
     run.drop_parts()
     return manifest
-
-
-def _versions() -> dict[str, str]:
-    """Packages that pixels and codes may depend on."""
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found

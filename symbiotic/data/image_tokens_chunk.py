@@ -5,28 +5,28 @@ The way of a record:
   2. its images wait until there is a batch of their size, which the codec encodes at once;
   3. when all its images have codes, it is written, in the order of the input.
 
-A part is a file of records ``files/NUMBER.jsonl.zst`` and, written after it, ``NUMBER.part`` with what is known of it.
+A part is a file of records ``files/NUMBER.jsonl.zst``, a list of the image files that it was made from,
+``NUMBER.images.zst``, and, written after them, ``NUMBER.part`` with what is known of it. Both files are written as the
+records come: memory doesn't grow with a chunk, which may be all of a tar.
 """
 
-import gzip
-import hashlib
 import json
 import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from symbiotic.data.codecs import ImageCodec
 from symbiotic.data.codecs.pixels import check_pixels, open_image, to_pixels
+from symbiotic.data.compressed_lines import CompressedLines
 from symbiotic.data.encoding import Rejection
 from symbiotic.data.formats import CorpusFormat
-from symbiotic.data.image_files import ImageFile, ImageRoot
+from symbiotic.data.image_files import ImageFile, ImageRoot, image_line, read_image_list
 from symbiotic.data.image_fit import ImageFit
 from symbiotic.data.parts import quarantine_line
 from symbiotic.data.readers import RawRecord, Unreadable, read_chunk, record_name
@@ -45,20 +45,6 @@ PREPARE_THREADS = 4
 MAX_WAITING_BYTES = 1 << 28
 MAX_WAITING_RECORDS = 4096
 """Pixels and records that may wait for a batch to fill; past them batches are encoded as they are."""
-
-_BLOCK_BYTES = 1 << 20
-"""Records that are compressed at once: a frame or member of their own, of which readers take any number in a row."""
-
-
-def _gzip(data: bytes) -> bytes:
-    return gzip.compress(data, compresslevel=6, mtime=0)
-
-
-COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
-    "zst": lambda data: pa.Codec("zstd", compression_level=6).compress(data, asbytes=True),
-    "gz": _gzip,
-}
-"""What compresses a block of records, by the end of the file's name."""
 
 
 @dataclass(eq=False)
@@ -112,34 +98,43 @@ class PreparedRecord:
     """A record whose images are pixels, in the sizes that they get.
 
     Attributes:
-        value: the record to write, its images without content.
+        value: the record to write, its images without content; None where it can't be used.
         images: pixels of each image by its place in ``value["segments"]``.
-        files: files under the image root that were read.
+        files: files under the image root that were asked for, those that couldn't be read among them.
+        rejection: why it can't be used.
     """
 
-    value: dict[str, Any]
+    value: dict[str, Any] | None = None
     images: dict[int, np.ndarray] = field(default_factory=dict)
     files: list[ImageFile] = field(default_factory=list)
+    rejection: Rejection | None = None
 
 
 @dataclass(kw_only=True)
 class TokenizedRecord:
-    """A line to write.
+    """What became of a record.
 
     Attributes:
-        line: the record as JSON, with its newline.
+        num_bytes: its bytes of input.
+        line: the record as JSON, with its newline; empty where it can't be used.
         resolutions: how many new images have (rows, columns) codes.
-        files: files under the image root that were read.
+        files: files under the image root that were asked for.
+        rejection: why it can't be used.
     """
 
-    line: bytes
-    resolutions: Counter[tuple[int, int]]
+    num_bytes: int
+    line: bytes = b""
+    resolutions: Counter[tuple[int, int]] = field(default_factory=Counter)
     files: list[ImageFile]
+    rejection: Rejection | None = None
 
     @property
-    def num_codes(self) -> int:
-        """Codes of the new images."""
-        return sum(rows * columns * count for (rows, columns), count in self.resolutions.items())
+    def counts(self) -> Counts:
+        """What it adds to the progress of a run."""
+        if self.rejection is not None:
+            return Counts(self.num_bytes, 0, 0, 1)
+        num_codes = sum(rows * columns * count for (rows, columns), count in self.resolutions.items())
+        return Counts(self.num_bytes, 1, num_codes, 0, self.resolutions.total())
 
 
 class RecordTokenizer:
@@ -170,26 +165,24 @@ class RecordTokenizer:
         self._vocabulary = vocabulary
         self._batch_size = batch_size
 
-    def prepare(self, record: RawRecord) -> PreparedRecord:
-        """Check a record and read its pictures.
-
-        Raises:
-            RecordError: it can't be used.
-        """
+    def prepare(self, record: RawRecord | Unreadable) -> PreparedRecord:
+        """Check a record and read its pictures."""
+        prepared = PreparedRecord()
         try:
+            if isinstance(record, Unreadable):
+                raise RecordError(record.reason, file=record.file, line=record.line)
             value = self.format.to_record(record.value, record_name(record))
             document = parse_record(value, file=record.file, line=record.line)
-            prepared = PreparedRecord(value=dict(value, segments=[dict(one) for one in value["segments"]]))
+            prepared.value = dict(value, segments=[dict(one) for one in value["segments"]])
             for place, segment in _images_of(document, value["segments"]):
                 try:
                     self._prepare_image(prepared, place, segment)
                 except DataError as error:
                     raise DataError(f"image in segment {place}: {error}") from error
-            return prepared
-        except RecordError:
-            raise
         except DataError as error:
-            raise RecordError(str(error), file=record.file, line=record.line) from error
+            reason = error.reason if isinstance(error, RecordError) else str(error)
+            return PreparedRecord(files=prepared.files, rejection=_rejection(record, reason))
+        return prepared
 
     def _prepare_image(self, prepared: PreparedRecord, place: int, segment: ImageSegment) -> None:
         if segment.codes is not None:
@@ -200,10 +193,9 @@ class RecordTokenizer:
                 )
             self._check_resolution(*segment.codes.shape)
             return
-        data, file = self._images.read(segment)
-        if file is not None:
-            prepared.files.append(file)
-        pixels = to_pixels(self._fit(open_image(data, channels=self.codec.channels)))
+        data = self._images.read(segment, asked=prepared.files)
+        picture = open_image(data, channels=self.codec.channels, background=self._fit.background)
+        pixels = to_pixels(self._fit(picture))
         check_pixels(pixels, stride=self.codec.stride, channels=self.codec.channels)
         self._check_resolution(pixels.shape[0] // self.codec.stride, pixels.shape[1] // self.codec.stride)
         del prepared.value["segments"][place]["image"]
@@ -213,23 +205,22 @@ class RecordTokenizer:
         if self._vocabulary is not None:
             self._vocabulary.resolution_id(rows, columns)
 
-    def __call__(
-        self, records: Iterable[RawRecord | Unreadable]
-    ) -> Iterator[tuple[RawRecord | Unreadable, TokenizedRecord | Rejection]]:
-        """Each record with what became of it, in order."""
-        batches = ImageBatches(self.codec, batch_size=self._batch_size)
-        waiting: deque[tuple[RawRecord | Unreadable, PreparedRecord | Rejection, dict[int, _Slot]]] = deque()
+    def __call__(self, records: Iterable[RawRecord | Unreadable]) -> Iterator[TokenizedRecord]:
+        """What becomes of each record, in order.
 
-        def done() -> Iterator[tuple[RawRecord | Unreadable, TokenizedRecord | Rejection]]:
+        Batches follow from the records alone, so that they are the same in every run.
+        """
+        batches = ImageBatches(self.codec, batch_size=self._batch_size)
+        waiting: deque[tuple[RawRecord | Unreadable, PreparedRecord, dict[int, _Slot]]] = deque()
+
+        def done() -> Iterator[TokenizedRecord]:
             while waiting and all(slot.codes is not None for slot in waiting[0][2].values()):
                 record, prepared, slots = waiting.popleft()
-                yield record, _tokenized(record, prepared, {place: slot.codes for place, slot in slots.items()})
+                yield _tokenized(record, prepared, {place: slot.codes for place, slot in slots.items()})
 
         for record, prepared in self._prepare_ahead(records):
-            slots = {}
-            if isinstance(prepared, PreparedRecord):
-                slots = {place: batches.add(pixels) for place, pixels in prepared.images.items()}
-                prepared.images.clear()  # the slots let go of the pixels once they have codes
+            slots = {place: batches.add(pixels) for place, pixels in prepared.images.items()}
+            prepared.images.clear()  # the slots let go of the pixels once they have codes
             waiting.append((record, prepared, slots))
             if batches.num_bytes > MAX_WAITING_BYTES or len(waiting) > MAX_WAITING_RECORDS:
                 batches.flush()
@@ -239,27 +230,19 @@ class RecordTokenizer:
 
     def _prepare_ahead(
         self, records: Iterable[RawRecord | Unreadable]
-    ) -> Iterator[tuple[RawRecord | Unreadable, PreparedRecord | Rejection]]:
+    ) -> Iterator[tuple[RawRecord | Unreadable, PreparedRecord]]:
         """Prepare a few records ahead, in threads."""
-        under_way: deque[tuple[RawRecord | Unreadable, Future[PreparedRecord | Rejection]]] = deque()
+        under_way: deque[tuple[RawRecord | Unreadable, Future[PreparedRecord]]] = deque()
         with ThreadPoolExecutor(PREPARE_THREADS) as pool:
             for record in records:
                 # What waits for its turn needs the record's place only.
                 place = record._replace(value=None) if isinstance(record, RawRecord) else record
-                under_way.append((place, pool.submit(self._prepared_or_rejected, record)))
+                under_way.append((place, pool.submit(self.prepare, record)))
                 if len(under_way) > 2 * PREPARE_THREADS:
                     first, future = under_way.popleft()
                     yield first, future.result()
             for first, future in under_way:
                 yield first, future.result()
-
-    def _prepared_or_rejected(self, record: RawRecord | Unreadable) -> PreparedRecord | Rejection:
-        if isinstance(record, Unreadable):
-            return _rejection(record, record.reason)
-        try:
-            return self.prepare(record)
-        except RecordError as error:
-            return _rejection(record, error.reason)
 
 
 def _images_of(document: Document, segments: list[dict[str, Any]]) -> Iterator[tuple[int, ImageSegment]]:
@@ -278,56 +261,25 @@ def _rejection(record: RawRecord | Unreadable, reason: str) -> Rejection:
 
 
 def _tokenized(
-    record: RawRecord | Unreadable, prepared: PreparedRecord | Rejection, codes: dict[int, np.ndarray]
-) -> TokenizedRecord | Rejection:
+    record: RawRecord | Unreadable, prepared: PreparedRecord, codes: dict[int, np.ndarray]
+) -> TokenizedRecord:
     """A record as a line."""
-    if isinstance(prepared, Rejection):
-        return prepared
+    result = TokenizedRecord(num_bytes=record.num_bytes, files=prepared.files, rejection=prepared.rejection)
+    if prepared.rejection is not None:
+        return result
     for place, grid in codes.items():
         prepared.value["segments"][place]["tokens"] = grid.tolist()
     try:
         line = json.dumps(prepared.value, ensure_ascii=False, separators=(",", ":"))
     except (TypeError, ValueError) as error:
-        return _rejection(record, f"meta can't be written as JSON ({error}); leave it out or make it text")
+        result.rejection = _rejection(record, f"meta can't be written as JSON ({error}); leave it out or make it text")
+        return result
     try:
         data = line.encode()
     except UnicodeEncodeError:  # half of a surrogate pair somewhere in meta, which JSON can spell
         data = json.dumps(prepared.value, separators=(",", ":")).encode()
-    return TokenizedRecord(
-        line=data + b"\n", resolutions=Counter(grid.shape for grid in codes.values()), files=prepared.files
-    )
-
-
-class _RecordFile:
-    """Compresses lines into an open file, block by block."""
-
-    def __init__(self, file: Any, *, compress: Callable[[bytes], bytes]) -> None:
-        self._file = file
-        self._compress = compress
-        self._lines: list[bytes] = []
-        self._held = 0
-        self._digest = hashlib.sha256()
-        self.num_bytes = 0
-
-    def add(self, line: bytes) -> None:
-        """Append a line."""
-        self._lines.append(line)
-        self._held += len(line)
-        if self._held >= _BLOCK_BYTES:
-            self._flush()
-
-    def finish(self) -> str:
-        """Write what is held; returns the SHA-256 of the file."""
-        if self._lines or not self.num_bytes:
-            self._flush()
-        return self._digest.hexdigest()
-
-    def _flush(self) -> None:
-        block = self._compress(b"".join(self._lines))
-        self._file.write(block)
-        self._digest.update(block)
-        self.num_bytes += len(block)
-        self._lines, self._held = [], 0
+    result.line, result.resolutions = data + b"\n", Counter(grid.shape for grid in codes.values())
+    return result
 
 
 def tokenize_chunk(
@@ -346,37 +298,44 @@ def tokenize_chunk(
         None, or the records left out if they are more than ``limit``; then no part is written.
     """
     rejected: Rejected = []
-    images: list[ImageFile] = []
     resolutions: Counter[tuple[int, int]] = Counter()
-    num_documents, left = 0, job.chunk.num_bytes
+    left = job.chunk.num_bytes
     path = job.path.parent / FILES_FOLDER / f"{job.number:06d}.jsonl.{compression}"
     path.parent.mkdir(exist_ok=True)
     try:
-        with replacing(path) as file:
-            writer = _RecordFile(file, compress=COMPRESSIONS[compression])
-            for record, result in tokenizer(read_chunk(job.chunk, format=tokenizer.format)):
-                left -= record.num_bytes
-                if isinstance(result, Rejection):
-                    rejected.append(result.to_json())
-                    on_counts(Counts(record.num_bytes, 0, 0, 1))
-                    if len(rejected) > limit:
-                        raise TooManyRejected
+        with replacing(path) as file, replacing(_image_list(job.path)) as image_file:
+            lines = CompressedLines(file, compression=compression)
+            images = CompressedLines(image_file, compression="zst")
+            for result in tokenizer(read_chunk(job.chunk, format=tokenizer.format)):
+                left -= result.num_bytes
+                on_counts(result.counts)
+                for asked in result.files:
+                    images.add(image_line(asked))
+                if result.rejection is None:
+                    lines.add(result.line)
+                    resolutions += result.resolutions
                     continue
-                writer.add(result.line)
-                num_documents += 1
-                resolutions += result.resolutions
-                images += result.files
-                on_counts(Counts(record.num_bytes, 1, result.num_codes, 0))
-            digest = writer.finish()
+                rejected.append(result.rejection.to_json())
+                if len(rejected) > limit:
+                    raise TooManyRejected
+            digest, _ = lines.finish(), images.finish()
         on_counts(Counts(left, 0, 0, 0))  # blank lines, and a last line that reaches into the next chunk
     except TooManyRejected:
         return rejected
-    entry = {"name": path.name, "bytes": writer.num_bytes, "sha256": digest, "documents": num_documents}
-    counts = {f"{rows}x{columns}": count for (rows, columns), count in sorted(resolutions.items())}
-    part = {"file": entry, "resolutions": counts, "rejected": rejected, "images": images}
+    part = {
+        "file": {"name": path.name, "bytes": lines.num_bytes, "sha256": digest, "documents": lines.num_lines},
+        "images": {"count": images.num_lines, "bytes": images.num_bytes},
+        "resolutions": {f"{rows}x{columns}": count for (rows, columns), count in sorted(resolutions.items())},
+        "rejected": rejected,
+    }
     with replacing(job.path) as file:
         file.write(zlib.compress(json.dumps(part).encode()))
     return None
+
+
+def _image_list(part: Path) -> Path:
+    """Where the image files of a part stand."""
+    return part.with_suffix(".images.zst")
 
 
 class RecordsPart:
@@ -386,7 +345,10 @@ class RecordsPart:
         file: name, bytes, sha256 and documents of its file of records.
         resolutions: how many images of each "ROWSxCOLUMNS" it has.
         num_documents: records written.
+        image_list: the file with its image files.
+        num_image_files: how many they are.
         num_tokens: codes of new images.
+        num_images: new images.
         num_rejected: records left out.
     """
 
@@ -395,17 +357,20 @@ class RecordsPart:
         self.file: dict[str, Any] = content["file"]
         self.resolutions: Counter[str] = Counter(content["resolutions"])
         self._rejected: Rejected = content["rejected"]
-        self._images = content["images"]
+        self.image_list = _image_list(path)
+        self.num_image_files: int = content["images"]["count"]
+        self._image_list_bytes = content["images"]["bytes"]
         self.num_documents: int = self.file["documents"]
         self.num_tokens = sum(
             int(rows) * int(columns) * count
             for (rows, columns), count in ((name.split("x"), count) for name, count in self.resolutions.items())
         )
+        self.num_images = self.resolutions.total()
         self.num_rejected = len(self._rejected)
 
     @classmethod
     def open(cls, path: Path) -> "RecordsPart | None":
-        """Read a part; None where its file of records isn't there as a whole.
+        """Read a part; None where one of its files isn't there as a whole.
 
         Raises:
             DataError: the part is damaged.
@@ -416,12 +381,14 @@ class RecordsPart:
         except (OSError, zlib.error, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}: damaged ({error}); remove its folder and start without --resume") from error
         records = path.parent / FILES_FOLDER / part.file["name"]
-        return part if records.exists() and records.stat().st_size == part.file["bytes"] else None
+        sizes = {records: part.file["bytes"], part.image_list: part._image_list_bytes}
+        whole = all(one.exists() and one.stat().st_size == size for one, size in sizes.items())
+        return part if whole else None
 
     def rejected_lines(self) -> bytes:
         """The rejected records as JSON lines."""
         return b"".join(map(quarantine_line, self._rejected))
 
-    def image_files(self) -> list[ImageFile]:
-        """The image files that were read for it."""
-        return [ImageFile(*entry) for entry in self._images]
+    def image_files(self) -> Iterator[ImageFile]:
+        """The image files that were asked for, one by one."""
+        return read_image_list(self.image_list)

@@ -135,7 +135,10 @@ class Part:
         num_documents: documents of all splits.
         num_tokens: tokens of all splits.
         num_rejected: records left out.
+        num_images: pictures aren't counted here.
     """
+
+    num_images = 0
 
     def __init__(self, path: Path) -> None:
         """Read the footer.
@@ -185,7 +188,7 @@ class Part:
         return self._read(self._rejected)
 
     def image_files(self) -> list[ImageFile]:
-        """The image files that were read for it."""
+        """The image files that were asked for."""
         return [ImageFile(*entry) for entry in json.loads(zlib.decompress(self._read(self._images)))]
 
     def _read(self, place: dict[str, int]) -> bytes:

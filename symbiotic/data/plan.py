@@ -20,7 +20,7 @@ from symbiotic.data.readers import Chunk, container_of
 from symbiotic.data.readers.jsonl import count_lines, first_lines
 from symbiotic.errors import DataError
 
-PLAN_VERSION = 2
+PLAN_VERSION = 3
 MIN_CHUNK_BYTES, MAX_CHUNK_BYTES = 1 << 20, 1 << 26
 _CHUNKS = 256
 """Chunks that a corpus is cut into, as long as they are neither tiny nor so large that a restart would lose much."""

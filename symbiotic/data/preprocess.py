@@ -169,7 +169,8 @@ class _Shards:
             self._record,
             {
                 "fingerprint": self._identity,
-                "progress": vars(progress),
+                # What was made, not how: the file is the same whatever the restarts.
+                "progress": {name: count for name, count in vars(progress).items() if name != "resumed"},
                 "shards": {prefix.name: manifest["digest"] for prefix, manifest in manifests.items()},
             },
         )

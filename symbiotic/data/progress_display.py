@@ -47,15 +47,19 @@ class ProgressDisplay(AbstractContextManager):
 
     def line(self, progress: RunProgress, *, seconds: float) -> str:
         """Share done, counts, and time left at the rate of this run."""
-        done = progress.num_bytes - progress.resumed_bytes
+        done = progress.num_bytes - progress.resumed.num_bytes
         left = f"{seconds * (progress.total_bytes - progress.num_bytes) / done:.0f} s left" if done > 0 else "starting"
         return f"{progress.num_bytes / max(progress.total_bytes, 1):4.0%}  {self.counts(progress)}, {left}"
 
     def counts(self, progress: RunProgress) -> str:
         """Counts and rate as words."""
         seconds = max(time.monotonic() - self._start, 1e-9)
-        rejected = f", {progress.num_rejected:,} rejected" if progress.num_rejected else ""
+        done, before = progress.counts, progress.resumed
+        images = f"{done.num_images:,} images, " if done.num_images else ""
+        rejected = f", {done.num_rejected:,} rejected" if done.num_rejected else ""
+        image_rate = f"{(done.num_images - before.num_images) / seconds:,.1f} images/s, " if done.num_images else ""
         return (
-            f"{progress.num_documents:,} documents, {progress.num_tokens:,} tokens{rejected}, "
-            f"{(progress.num_bytes - progress.resumed_bytes) / seconds / 1e6:.1f} MB/s"
+            f"{done.num_documents:,} documents, {images}{done.num_tokens:,} tokens{rejected}, "
+            f"{image_rate}{(done.num_tokens - before.num_tokens) / seconds:,.0f} tokens/s, "
+            f"{(done.num_bytes - before.num_bytes) / seconds / 1e6:.1f} MB/s"
         )

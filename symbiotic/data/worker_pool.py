@@ -18,9 +18,6 @@ _REPORT_SECONDS = 0.2
 _CHUNKS_A_WORKER = 2
 """Chunks under way for each process: one in work, one waiting."""
 
-_STOP = 4
-"""Place of the stop flag behind the four counts that processes share."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ChunkJob:
@@ -38,7 +35,11 @@ class Counts(NamedTuple):
     num_documents: int
     num_tokens: int
     num_rejected: int
+    num_images: int = 0
 
+
+_STOP = len(Counts._fields)
+"""Place of the stop flag behind the counts that processes share."""
 
 Rejected = list[dict[str, Any]]
 """Lines of the quarantine file."""
@@ -78,7 +79,7 @@ def run_jobs(
         each job that is done, with what the work returned.
 
     Raises:
-        DataError: a process was killed, or a file is damaged.
+        DataError: a process was killed or couldn't begin, or a file is damaged.
     """
     if not jobs:
         return
@@ -131,9 +132,9 @@ def _run_in_pool(
 
 
 class _Worker(NamedTuple):
-    """What a worker process keeps between chunks."""
+    """What a worker process keeps between chunks; ``work`` is why there is none where it couldn't begin."""
 
-    work: ChunkWork
+    work: ChunkWork | DataError
     counts: SynchronizedArray
 
 
@@ -150,7 +151,15 @@ def _start_worker(start: Callable[[int], ChunkWork], numbers: Synchronized, coun
     with numbers.get_lock():
         number = numbers.value
         numbers.value += 1
-    _worker = _Worker(start(number), counts)
+    # What is raised here would reach the first process as a worker that was killed.
+    try:
+        work: ChunkWork | DataError = start(number)
+    except DataError as error:
+        work = error
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        work = DataError(f"a worker process can't begin ({type(error).__name__}: {reason}); give fewer --workers")
+    _worker = _Worker(work, counts)
 
 
 def _end_with_parent() -> None:
@@ -164,6 +173,8 @@ def _end_with_parent() -> None:
 def _work(job: ChunkJob) -> Rejected | None:
     assert _worker is not None
     worker = _worker
+    if isinstance(worker.work, DataError):
+        raise worker.work
 
     def on_counts(counts: Counts) -> None:
         with worker.counts.get_lock():

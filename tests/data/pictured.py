@@ -1,14 +1,18 @@
 """Small corpora with pictures, for tests of image tokenization."""
 
 import base64
+import gzip
 import json
 import random
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
+from symbiotic.data.chunked_run import RunOptions
 from symbiotic.data.codecs import png_bytes
 from symbiotic.data.encoding import EncoderFiles
+from symbiotic.data.image_tokens import TokenizeResult, TokenizeSettings, tokenize_images
 from tests.data.encoders import NUM_CODES, make_encoder_files
 
 IMAGES = 24
@@ -49,3 +53,25 @@ def write_corpus(path: Path, *, count: int, seed: int = 0) -> Path:
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def settings_of(files: EncoderFiles, **changes: object) -> TokenizeSettings:
+    return TokenizeSettings(**{"codec": files.codec, "image_root": files.image_root} | changes)
+
+
+def run(
+    corpus: list[Path], output: Path, settings: TokenizeSettings, *, preview: int = 0, **options: object
+) -> TokenizeResult:
+    return tokenize_images(corpus, output=output, settings=settings, options=RunOptions(**options), preview=preview)
+
+
+def records_in(folder: Path) -> list[dict]:
+    """The records of an output folder, by the standard library and Arrow."""
+    records = []
+    for path in sorted(folder.glob("*.jsonl.*")):
+        if path.suffix == ".gz":
+            data = gzip.decompress(path.read_bytes())
+        else:
+            data = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd").read()
+        records += [json.loads(line) for line in data.splitlines()]
+    return records

@@ -1,14 +1,12 @@
-import io
 import json
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
-from symbiotic.data.codecs import PatchCodebook, load_codec, png_bytes, read_image, to_patches
+from symbiotic.data.codecs import PatchCodebook, load_codec, to_patches
 from symbiotic.errors import DataError
 
 
@@ -157,45 +155,3 @@ def test_too_few_patches_or_images():
         PatchCodebook.fit(random_images(1), codes=17, stride=2)
     with pytest.raises(DataError, match="no image to fit"):
         PatchCodebook.fit([], codes=2, stride=2)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_png_round_trip(channels):
-    pixels = random_images(1, size=(6, 10), channels=channels)[0]
-    np.testing.assert_array_equal(read_image(png_bytes(pixels), channels=channels), pixels)
-
-
-def test_other_image_modes_are_converted():
-    buffer = io.BytesIO()
-    Image.new("RGBA", (4, 2), (255, 0, 0, 128)).save(buffer, format="PNG")
-    np.testing.assert_array_equal(read_image(buffer.getvalue(), channels=3)[0, 0], [255, 0, 0])
-    assert read_image(buffer.getvalue(), channels=1).shape == (2, 4, 1)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_photographs_are_brought_upright(orientation):
-    """As Pillow's own function does, which also rewrites the EXIF data that it read."""
-    picture = Image.fromarray(random_images(1, size=(6, 10), channels=3)[0])
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", exif=exif)
-    with Image.open(buffer) as stored:
-        expected = np.asarray(ImageOps.exif_transpose(stored))
-    pixels = read_image(buffer.getvalue(), channels=3)
-    np.testing.assert_array_equal(pixels, expected)
-    assert (pixels.shape[:2] == (6, 10)) == (orientation < 5)
-
-
-@given(data=st.data())
-def test_damaged_images_are_refused_or_read(data):
-    whole = png_bytes(random_images(1)[0])
-    cut = data.draw(st.integers(0, len(whole) - 1))
-    place = data.draw(st.integers(0, len(whole) - 1))
-    changed = bytearray(whole)
-    changed[place] ^= data.draw(st.integers(1, 255))
-    for content in (whole[:cut], bytes(changed)):
-        try:
-            assert read_image(content, channels=1).dtype == np.uint8
-        except DataError as error:
-            assert "can't be decoded" in str(error)

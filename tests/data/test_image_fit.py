@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from symbiotic.data.image_fit import ImageFit, parse_size
-from symbiotic.errors import DataError
+from symbiotic.command_line import image_size
+from symbiotic.data.image_fit import ImageFit
+from symbiotic.errors import ConfigError, DataError
 
 BUCKETS = ((16, 16), (12, 20), (20, 12), (8, 32), (32, 32))
 
@@ -90,6 +91,7 @@ def test_without_a_policy_other_sizes_are_refused():
         ({"policy": "crop"}, "--fit 'crop' isn't known; give one of none, center_crop, resize, pad"),
         ({"resample": "cubic"}, "--resample 'cubic'"),
         ({"pad_value": 256}, "--pad-value 256"),
+        ({"background": -1}, "--background -1"),
         ({"sizes": ((8, 8), (8, 8))}, "--size is given twice"),
     ],
 )
@@ -101,7 +103,7 @@ def test_impossible_fits(options, message):
 
 
 def test_sizes_as_words():
-    assert parse_size("256x384") == (256, 384)
-    for word in ("256", "0x8", "8x8x8", "8 x 8", "-8x8"):
-        with pytest.raises(DataError, match="is no size"):
-            parse_size(word)
+    assert image_size("256x384") == (256, 384)
+    for word in ("256", "0x8", "8x8x8", "8 x 8", "-8x8", "٨x٨"):
+        with pytest.raises(ConfigError, match=f"--size '{word}' is no size; write height and width in pixels"):
+            image_size(word)

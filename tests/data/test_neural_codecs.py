@@ -1,5 +1,6 @@
 """Image tokenizers of other libraries against the libraries themselves, on small networks with random weights."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -11,7 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from symbiotic.data.codecs import load_codec
+from symbiotic.data.codecs.scaling import PixelScaling
 from symbiotic.errors import DataError
+from symbiotic.huggingface.modeling import codecs_symbiotic
 from tests.data.image_tokenizers import (
     CODES,
     DECODING,
@@ -21,6 +24,7 @@ from tests.data.image_tokenizers import (
     encode_directly,
     make_network,
     save_network,
+    scaled,
 )
 
 
@@ -134,9 +138,86 @@ def test_scaling_is_that_of_the_folders_image_processor(saved, tmp_path):
     assert (codes != load_codec(folder).encode_batch(pixels)).any()
 
 
-def test_scaling_there_and_back():
-    from symbiotic.data.codecs.neural import PixelScaling
+SCALINGS = {
+    "without a factor": {"preprocessor_config.json": {"image_mean": [0.9, 0.8, 1.1]}},
+    "without means": {"preprocessor_config.json": {"rescale_factor": 0.006, "image_std": [0.5, 0.6, 0.7]}},
+    "nothing said": {"preprocessor_config.json": {"do_resize": True}},
+    "not normalized": {"preprocessor_config.json": {"do_normalize": False}},
+    "nested before flat": {
+        "processor_config.json": {"processor_class": "X", "image_processor": {"rescale_factor": 0.005}},
+        "preprocessor_config.json": {"rescale_factor": 0.009},
+    },
+    "flat where nothing is nested": {
+        "processor_config.json": {"processor_class": "X"},
+        "preprocessor_config.json": {"rescale_factor": 0.009},
+    },
+}
 
+
+@pytest.mark.parametrize("files", SCALINGS)
+@pytest.mark.parametrize("name", ["emu3", "janus", "chameleon"])
+def test_scaling_is_what_transformers_would_load(saved, tmp_path, name, files):
+    """Which file counts, and what a key that it lacks means, against the library's own loading and arithmetic."""
+    import transformers
+
+    folder = saved[name][1]
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    for file, content in SCALINGS[files].items():
+        (copy / file).write_text(json.dumps(content))
+    usual = {"emu3": "Emu3ImageProcessor", "janus": "JanusImageProcessor", "chameleon": "ChameleonImageProcessor"}[name]
+    processor = getattr(transformers, usual).from_pretrained(copy, local_files_only=True)
+    unchanged = {"do_resize": False, "do_center_crop": False, "do_pad": False}
+    pixels = pictures(4, seed=6)
+    values = processor(list(pixels), return_tensors="pt", **unchanged).pixel_values.reshape(4, 3, 8, 8)
+    codec = load_codec(copy)
+    torch.testing.assert_close(
+        PixelScaling(**codec_scaling(codec)).to_network(torch.from_numpy(pixels)), values, rtol=1e-5, atol=1e-6
+    )
+    assert not torch.allclose(values, scaled(name, pixels), atol=1e-2) or (name, files) == ("chameleon", "nothing said")
+    assert codec.digest != load_codec(folder).digest or (name, files) == ("chameleon", "nothing said")
+    exported = codecs_symbiotic.load_codec(copy)
+    assert exported.digest == codec.digest, "the reader that travels with an export"
+    np.testing.assert_array_equal(exported.encode(pixels[0]), codec.encode(pixels[0]))
+
+
+def codec_scaling(codec: object) -> dict[str, object]:
+    return dataclasses.asdict(codec._scaling)
+
+
+def test_scaling_of_another_class_of_image_processor(saved, tmp_path):
+    """The class that the file names, in whatever kind; one that transformers lacks stands for the usual one."""
+    copy = Path(shutil.copytree(saved["emu3"][1], tmp_path / "copy"))
+    for kind, rescale in (
+        ("ChameleonImageProcessorFast", 0.0078),
+        ("ChameleonImageProcessor", 0.0078),
+        ("Emu3VisionVQImageProcessor", 1 / 255),
+        ("os", 1 / 255),
+    ):
+        (copy / "preprocessor_config.json").write_text(json.dumps({"image_processor_type": kind}))
+        assert codec_scaling(load_codec(copy))["rescale"] == pytest.approx(rescale), kind
+
+
+def test_image_processors_that_cannot_be_read_are_named(saved, tmp_path):
+    copy = Path(shutil.copytree(saved["janus"][1], tmp_path / "copy"))
+    for file, content in (
+        ("preprocessor_config.json", "{"),
+        ("preprocessor_config.json", "[]"),
+        ("preprocessor_config.json", '{"image_mean": [1, 2]}'),
+        ("preprocessor_config.json", '{"image_mean": null}'),
+        ("preprocessor_config.json", '{"image_processor_type": 3}'),
+        ("processor_config.json", "{"),
+        ("processor_config.json", '{"image_processor": [1]}'),
+    ):
+        (copy / file).write_text(content)
+        with pytest.raises(DataError, match=f"{file}: the scaling of pixels can't be read .*; copy the file again"):
+            load_codec(copy)
+        (copy / file).unlink()
+    (copy / "processor_config.json").write_text('{"image_processor": {"image_std": 0}}')
+    with pytest.raises(DataError, match=r"processor_config.json: rescale_factor .* is zero"):
+        load_codec(copy)
+
+
+def test_scaling_there_and_back():
     every = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(1, 1, 1, 3)
     for scaling in (
         PixelScaling(1 / 255, (0.5,) * 3, (0.5,) * 3),
@@ -233,3 +314,20 @@ def test_settings_of_the_process_are_left_as_they_were(saved):
         torch.backends.cudnn.deterministic,
         torch.is_inference_mode_enabled(),
     ) == before
+
+
+def test_torchscript_runs_as_it_was_saved_from_the_first_call_on(saved):
+    """By default torch measures the first calls and fuses kernels then: later codes would be another arithmetic's."""
+    codec = load_codec(saved["torchscript"][1])
+    graphs = set()
+    for _ in range(4):
+        codec.encode(pictures(1)[0])
+        graphs.add(str(torch.jit.last_executed_optimized_graph()))
+    assert len(graphs) == 1 and "prim::profile" not in graphs.pop()
+    assert torch._C._get_graph_executor_optimize()
+
+
+def test_packages_that_codes_depend_on(saved):
+    packages = {name: load_codec(saved[name][1]).packages for name in NAMES}
+    of_transformers = dict.fromkeys(("emu3", "janus", "chameleon"), ("torch", "transformers"))
+    assert packages == of_transformers | {"diffusers": ("torch", "diffusers"), "torchscript": ("torch",)}

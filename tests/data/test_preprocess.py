@@ -92,7 +92,8 @@ def test_the_shard_holds_the_documents(corpus, files, tmp_path):
         "num_documents": 320,
         "num_tokens": shard.num_tokens,
         "num_rejected": 0,
-        "resumed_bytes": 0,
+        "num_images": 0,
+        "resumed": (0, 0, 0, 0, 0),
     }
     assert result.manifests == {tmp_path / "shard": verify_shard(tmp_path / "shard", vocabulary=encoder.vocabulary)}
     assert result.rejected_file is None
@@ -285,7 +286,7 @@ def test_resume_goes_on_with_finished_parts(corpus, files, tmp_path, monkeypatch
         report=lambda state: states.append(vars(state).copy()),
     )
     assert encoded[0] == 5 and len(encoded) == len(set(encoded))
-    assert states[-1]["num_bytes"] == states[-1]["total_bytes"] and states[-1]["resumed_bytes"] == 15000
+    assert states[-1]["num_bytes"] == states[-1]["total_bytes"] and states[-1]["resumed"].num_bytes == 15000
     assert [path.read_bytes() for path in files_of(tmp_path / "shard")] == [
         path.read_bytes() for path in files_of(tmp_path / "whole")
     ]

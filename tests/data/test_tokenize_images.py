@@ -5,8 +5,6 @@ import gzip
 import io
 import itertools
 import json
-import os
-import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,24 +16,21 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from symbiotic.data import image_tokens, image_tokens_chunk
-from symbiotic.data.chunked_run import RunOptions
+from symbiotic.data import image_tokens_chunk
 from symbiotic.data.codecs import PatchCodebook, load_codec, png_bytes, read_image
 from symbiotic.data.encoding import EncoderFiles
 from symbiotic.data.image_fit import ImageFit
-from symbiotic.data.image_tokens import TokenizeResult, TokenizeSettings, tokenize_images
+from symbiotic.data.image_tokens import TokenizeSettings
 from symbiotic.data.image_tokens_chunk import ImageBatches
 from symbiotic.data.plan import JobShare
-from symbiotic.data.preprocess import PreprocessOptions, preprocess
+from symbiotic.data.preprocess import preprocess
 from symbiotic.data.readers import read_documents
 from symbiotic.data.shards import Shard, shard_path
 from symbiotic.errors import DataError
 from tests.data.encoders import NUM_CODES
 from tests.data.image_tokenizers import CODES, encode_directly, make_network, save_network
-from tests.data.pictured import folder_bytes, make_pictured_files, write_corpus
+from tests.data.pictured import folder_bytes, make_pictured_files, records_in, run, settings_of, write_corpus
 from tests.support.repository import ROOT
-
-IMAGES = 24
 
 
 @pytest.fixture(scope="module")
@@ -47,26 +42,6 @@ def files(tmp_path_factory) -> EncoderFiles:
 def corpus(tmp_path) -> list[Path]:
     """Two files of 120 and 10 records."""
     return [write_corpus(tmp_path / "a.jsonl", count=120), write_corpus(tmp_path / "b.jsonl", count=10, seed=1)]
-
-
-def settings_of(files: EncoderFiles, **changes: object) -> TokenizeSettings:
-    return TokenizeSettings(**{"codec": files.codec, "image_root": files.image_root} | changes)
-
-
-def run(corpus: list[Path], output: Path, settings: TokenizeSettings, **options: object) -> TokenizeResult:
-    return tokenize_images(corpus, output=output, settings=settings, options=RunOptions(**options))
-
-
-def records_in(folder: Path) -> list[dict]:
-    """The records of an output folder, by the standard library and Arrow."""
-    records = []
-    for path in sorted(folder.glob("*.jsonl.*")):
-        if path.suffix == ".gz":
-            data = gzip.decompress(path.read_bytes())
-        else:
-            data = pa.CompressedInputStream(pa.OSFile(str(path)), "zstd").read()
-        records += [json.loads(line) for line in data.splitlines()]
-    return records
 
 
 def expected_record(record: dict, codec: PatchCodebook, image_root: Path) -> dict:
@@ -122,7 +97,7 @@ def test_bytes_are_the_same_for_any_number_of_workers(corpus, files, tmp_path):
     assert folder_bytes(tmp_path / "one" / "codes") == folder_bytes(tmp_path / "two" / "codes")
     # Other chunks make other files, of the same records.
     run(corpus, tmp_path / "whole" / "codes", settings)
-    assert len(list((tmp_path / "whole" / "codes").glob("*.zst"))) == 2
+    assert len(list((tmp_path / "whole" / "codes").glob("*.jsonl.zst"))) == 2
     assert records_in(tmp_path / "whole" / "codes") == records_in(tmp_path / "one" / "codes")
 
 
@@ -232,133 +207,6 @@ def test_bad_records_go_to_the_quarantine(corpus, files, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-class Interrupted(Exception):
-    pass
-
-
-def interrupt_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let only so many chunks become parts."""
-    calls = iter(range(count))
-
-    def tokenize_chunk(*arguments: object, **options: object) -> object:
-        if next(calls, None) is None:
-            raise Interrupted
-        return image_tokens_chunk.tokenize_chunk(*arguments, **options)
-
-    monkeypatch.setattr(image_tokens, "tokenize_chunk", tokenize_chunk)
-
-
-def interrupted_run(corpus, output, settings, monkeypatch, *, after: int) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_after(after, patch)
-        with pytest.raises(Interrupted):
-            run(corpus, output, settings, chunk_bytes=3000)
-    assert len(list(Path(f"{output}.parts").glob("*.part"))) == after
-
-
-def test_resume_goes_on_with_finished_parts(corpus, files, tmp_path, monkeypatch):
-    settings = settings_of(files)
-    run(corpus, tmp_path / "whole" / "codes", settings, chunk_bytes=3000)
-    interrupted_run(corpus, tmp_path / "codes", settings, monkeypatch, after=3)
-    parts = tmp_path / "codes.parts"
-    (parts / "files" / ".000003.jsonl.zst.1.tmp").write_bytes(b"half")
-    (parts / "files" / "000099.jsonl.zst").write_bytes(b"of an earlier run with more chunks")
-    (parts / "files" / "000001.jsonl.zst").unlink()
-    done = []
-    original = image_tokens_chunk.tokenize_chunk
-    monkeypatch.setattr(
-        image_tokens, "tokenize_chunk", lambda job, **options: done.append(job.number) or original(job, **options)
-    )
-    run(corpus, tmp_path / "codes", settings, chunk_bytes=3000, resume=True)
-    # Part 1 lost its records and is made again.
-    assert done[:2] == [1, 3] and len(done) == len(set(done)) and not {0, 2} & set(done)
-    assert folder_bytes(tmp_path / "codes") == folder_bytes(tmp_path / "whole" / "codes")
-    assert not parts.exists()
-    done.clear()
-    run(corpus, tmp_path / "codes", settings, chunk_bytes=3000, resume=True)
-    assert done == []  # finished before: nothing to do
-    (tmp_path / "codes" / "000002.jsonl.zst").unlink()
-    run(corpus, tmp_path / "codes", settings, chunk_bytes=3000, resume=True)
-    assert done and folder_bytes(tmp_path / "codes") == folder_bytes(tmp_path / "whole" / "codes")
-
-
-@pytest.mark.parametrize("change", ["fit", "codec", "vocabulary", "batch", "input", "compression", "root", "chunk"])
-def test_parts_of_other_options_are_refused(corpus, files, tmp_path, monkeypatch, change):
-    settings = settings_of(files)
-    interrupted_run(corpus, tmp_path / "codes", settings, monkeypatch, after=2)
-    options = {"chunk_bytes": 3000, "resume": True}
-    named = {"batch": "batch_size", "root": "image_root", "chunk": "chunk_bytes"}.get(change, change)
-    if change == "fit":
-        settings = settings_of(files, fit=ImageFit(policy="resize", sizes=((4, 4), (2, 6))))
-    elif change == "codec":
-        images = np.random.default_rng(5).integers(0, 256, (50, 4, 4, 1), dtype=np.uint8)
-        PatchCodebook.fit(images, codes=NUM_CODES, stride=2).save(tmp_path / "codec")
-        settings = settings_of(files, codec=tmp_path / "codec")
-    elif change == "vocabulary":
-        settings, named = settings_of(files, vocabulary=files.vocabulary), "vocabulary and fit"
-    elif change == "batch":
-        settings = settings_of(files, batch_size=2)
-    elif change == "input":
-        corpus[1].write_text(corpus[1].read_text())
-    elif change == "compression":
-        settings = settings_of(files, compression="gz")
-    elif change == "root":
-        settings = settings_of(files, image_root=Path(shutil.copytree(files.image_root, tmp_path / "root")))
-    else:
-        options["chunk_bytes"] = 3001
-    with pytest.raises(DataError, match=f"its parts were made with another {named}; start over without --resume"):
-        run(corpus, tmp_path / "codes", settings, **options)
-    run(corpus, tmp_path / "codes", settings, **options | {"resume": False})
-
-
-@pytest.mark.parametrize("change", ["content", "time", "gone"])
-def test_changed_pictures_are_refused_on_resume(corpus, files, tmp_path, monkeypatch, change):
-    """In both tools, for pictures that a finished part was made from: by size and time."""
-    root = shutil.copytree(files.image_root, tmp_path / "root")
-    line = {"id": "first", "segments": [{"type": "image", "image": "1.png", "use": "generate"}]}
-    corpus[0].write_text(json.dumps(line) + "\n" + corpus[0].read_text())
-    settings = settings_of(files, image_root=root)
-    interrupted_run(corpus, tmp_path / "codes", settings, monkeypatch, after=1)
-
-    from symbiotic.data import chunk_jobs
-
-    original, calls = chunk_jobs.encode_chunk, iter([True])
-    encoder_files = EncoderFiles(
-        vocabulary=files.vocabulary, tokenizer=files.tokenizer, codec=files.codec, image_root=root
-    )
-
-    def encode_chunk(*arguments: object, **options: object) -> object:
-        if next(calls, None) is None:
-            raise Interrupted
-        return original(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(chunk_jobs, "encode_chunk", encode_chunk)
-        with pytest.raises(Interrupted):
-            preprocess(
-                corpus, output=tmp_path / "shard", files=encoder_files, options=PreprocessOptions(chunk_bytes=3000)
-            )
-
-    if change == "content":
-        state = (root / "1.png").stat()
-        (root / "1.png").write_bytes((root / "1.png").read_bytes() + b"\0")
-        os.utime(root / "1.png", ns=(state.st_atime_ns, state.st_mtime_ns))
-    elif change == "time":
-        os.utime(root / "1.png", ns=(1, 1))
-    else:
-        (root / "1.png").unlink()
-    message = r"root/1\.png: the image was changed or removed since a part in .* was made from it"
-    with pytest.raises(DataError, match=message):
-        run(corpus, tmp_path / "codes", settings, chunk_bytes=3000, resume=True)
-    with pytest.raises(DataError, match=message):
-        preprocess(
-            corpus,
-            output=tmp_path / "shard",
-            files=encoder_files,
-            options=PreprocessOptions(chunk_bytes=3000, resume=True),
-        )
-
-
 def test_impossible_requests_end_before_any_work(corpus, files, tmp_path):
     def refused(message: str, output: Path = tmp_path / "codes", **changes: object) -> None:
         with pytest.raises(DataError, match=message):
@@ -377,6 +225,7 @@ def test_impossible_requests_end_before_any_work(corpus, files, tmp_path):
     refused("the vocabulary has 16 image codes but the codec in .* has 8", codec=tmp_path / "codec",
             vocabulary=files.vocabulary)  # fmt: skip
     refused("the image root is no folder", image_root=tmp_path / "nowhere")
+    refused("--device cuda does nothing for the codec in .*, which is no network; leave it out", device="cuda")
     for changes, message in (
         ({"batch_size": 0}, "--batch-size 0"),
         ({"device": "tpu"}, "--device 'tpu'"),
@@ -396,7 +245,8 @@ def test_an_earlier_output_is_replaced_as_a_whole(corpus, files, tmp_path):
     run(corpus, tmp_path / "codes", settings_of(files), chunk_bytes=2000)
     assert len(list((tmp_path / "codes").iterdir())) > 5
     run(corpus[1:], tmp_path / "codes", settings_of(files))
-    assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == ["000000.jsonl.zst", "manifest.json"]
+    names = ["000000.jsonl.zst", "images.zst", "manifest.json"]
+    assert sorted(path.name for path in (tmp_path / "codes").iterdir()) == names
 
 
 class CountingCodec:
@@ -494,8 +344,8 @@ def test_the_command_tokenizes_and_shows_a_preview(corpus, files, tmp_path):
     result = tool("--input", *corpus, *options, "--preview", 5, "--fit", "pad", "--size", "4x4", "--pad-value", 0)
     assert (result.returncode, result.stderr) == (0, "")
     lines = result.stdout.splitlines()
-    assert lines[0] == f"{tmp_path / 'codes.preview.png'}: 5 images, each with its reconstruction to the right of it"
-    assert lines[1].startswith(f"{tmp_path / 'codes'}: 130 documents, ")
+    assert lines[0].startswith(f"{tmp_path / 'codes'}: 130 documents, ")
+    assert lines[1] == f"{tmp_path / 'codes.preview.png'}: 5 images, each with its reconstruction to the right of it"
     sheet = read_image((tmp_path / "codes.preview.png").read_bytes(), channels=1)
     # Five pairs of 4x4 pixels, 24 times enlarged, 4 pixels between and around.
     assert sheet.shape == (96 + 8, 5 * (2 * 96 + 4 + 8), 1)
@@ -509,6 +359,9 @@ def test_the_command_tokenizes_and_shows_a_preview(corpus, files, tmp_path):
     for wrong, message in (
         (("--size", "4"), "--size '4' is no size"),
         (("--fit", "pad"), "--fit pad needs sizes"),
+        (("--fit", "resize", "--size", "4x4", "--pad-value", "9"), "--pad-value does nothing without --fit pad"),
+        (("--size", "4x4", "--resample", "box"), "--resample does nothing without --fit"),
+        (("--background", "256"), "--background 256 is no grey"),
         (("--preview", "-1"), "--preview -1"),
         (("--shard", "1/1"), "--shard '1/1'"),
         (("--codec", tmp_path / "nowhere"), "the image codec can't be read"),

@@ -54,10 +54,18 @@ CORPORA = [
     Mutation(
         name="changed-pictures-on-resume",
         file="symbiotic/data/chunked_run.py",
-        old="            self._check_images(len(chunks))\n",
+        old="            self._drop_outdated(len(chunks))\n",
         new="",
-        test="tests/data/test_tokenize_images.py::test_changed_pictures_are_refused_on_resume",
-        why="old codes stood for new pictures",
+        test="tests/data/test_tokenize_resume.py::test_parts_of_changed_pictures_are_made_again",
+        why="the codes of the old pictures stood beside those of the new ones",
+    ),
+    Mutation(
+        name="a-repaired-picture-stays-rejected",
+        file="symbiotic/data/image_files.py",
+        old="            asked.append(ImageFile(segment.path, *ABSENT))\n",
+        new="",
+        test="tests/data/test_tokenize_resume.py::test_parts_of_changed_pictures_are_made_again",
+        why="a picture that was missing once was never looked for again",
     ),
     Mutation(
         name="a-shard-written-anew-is-read-by-the-old-plan",

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from symbiotic.data.codecs.neural import NeuralCodec, PixelScaling, minus_one_to_one
+from symbiotic.data.codecs.neural import NeuralCodec
 from symbiotic.data.codecs.pretrained import load_strictly, quiet, weight_files
+from symbiotic.data.codecs.scaling import PixelScaling, minus_one_to_one
 from symbiotic.errors import DataError
 
 
 class DiffusersCodec(NeuralCodec):
     """A ``VQModel`` in the folder that its ``save_pretrained`` wrote."""
+
+    packages = ("torch", "diffusers")
 
     def __init__(self, folder: Path, *, config: dict[str, Any], device: str) -> None:
         """Load the network.

@@ -14,6 +14,7 @@ class ImageCodec(Protocol):
         channels: 1 (grey) or 3 (RGB).
         digest: hexadecimal digest of everything that determines codes and pixels.
         can_decode: whether `decode` works; some image tokenizers come without their decoder.
+        packages: installed packages whose versions codes may depend on.
     """
 
     codebook_size: int
@@ -21,6 +22,7 @@ class ImageCodec(Protocol):
     channels: int
     digest: str
     can_decode: bool
+    packages: tuple[str, ...]
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         """Codes int64 [height / stride, width / stride] of pixels uint8 [height, width, channels].

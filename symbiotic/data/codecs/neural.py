@@ -1,7 +1,8 @@
-"""What all image tokenizers that are torch networks share: scaling of pixels, batches, and the same codes every time.
+"""What all image tokenizers that are torch networks share: batches, and the same codes every time.
 
-Networks run in float32 without TF32, with cuDNN's deterministic kernels and, on a CPU, in one thread: then the codes of
-an image are the same in every process of a machine. Another batch size, processor or build of torch may add in another
+Networks run in float32 without TF32, with cuDNN's deterministic kernels and, on a CPU, in one thread; TorchScript runs
+as it was saved, without the optimizer that fuses kernels from the second call on. Then the codes of an image are the
+same in every process of a machine. Another batch size, processor or build of torch may add in another
 order, which can tip a patch that lies just between two codes to the other one.
 """
 
@@ -10,79 +11,18 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from symbiotic.data.codecs.pixels import check_codes, check_pixels
+from symbiotic.data.codecs.scaling import PixelScaling
 from symbiotic.errors import DataError
 from symbiotic.files import sha256_of
-from symbiotic.strict_json import parse_json
-
-PREPROCESSOR_FILE = "preprocessor_config.json"
-
-
-@dataclass(frozen=True)
-class PixelScaling:
-    """From pixels of 0 to 255 to what a network was trained on: ``(pixel * rescale - mean) / std``, by channel.
-
-    The names are those of transformers' ``preprocessor_config.json``.
-    """
-
-    rescale: float
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    @classmethod
-    def read(cls, folder: Path, *, channels: int, default: "PixelScaling") -> "PixelScaling":
-        """The scaling that a folder's ``preprocessor_config.json`` asks for, or else the default.
-
-        Raises:
-            DataError: the file can't be read or asks for something else than this formula.
-        """
-        path = folder / PREPROCESSOR_FILE
-        if not path.exists():
-            return default
-        try:
-            tree = parse_json(path.read_bytes())
-            rescale = float(tree.get("rescale_factor", 1 / 255)) if tree.get("do_rescale", True) else 1.0
-            normalize = tree.get("do_normalize", True)
-            mean = _by_channel(tree.get("image_mean", default.mean) if normalize else 0.0, channels)
-            std = _by_channel(tree.get("image_std", default.std) if normalize else 1.0, channels)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: the scaling of pixels can't be read ({error}); copy the file again") from error
-        if not all(std) or not rescale:
-            raise DataError(f"{path}: rescale_factor {rescale} or image_std {list(std)} is zero; copy the file again")
-        return cls(rescale, mean, std)
-
-    def to_network(self, pixels: Tensor) -> Tensor:
-        """float32 [images, channels, height, width] of uint8 [images, height, width, channels]."""
-        mean, std = (torch.tensor(values, device=pixels.device) for values in (self.mean, self.std))
-        scaled = (pixels.to(torch.float32) * self.rescale - mean) / std
-        return scaled.permute(0, 3, 1, 2).contiguous()
-
-    def to_pixels(self, images: Tensor) -> Tensor:
-        """uint8 [images, height, width, channels] of a network's output, rounded and clipped."""
-        mean, std = (torch.tensor(values, device=images.device) for values in (self.mean, self.std))
-        scaled = (images.to(torch.float32).permute(0, 2, 3, 1) * std + mean) / self.rescale
-        return scaled.round().clamp(0, 255).to(torch.uint8)
-
-
-def _by_channel(value: Any, channels: int) -> tuple[float, ...]:
-    values = [float(one) for one in value] if isinstance(value, list | tuple) else [float(value)]
-    if len(values) not in (1, channels):
-        raise ValueError(f"{len(values)} values for {channels} channels")
-    return tuple(values * (channels // len(values)))
-
-
-def minus_one_to_one(channels: int) -> PixelScaling:
-    """Pixels from -1 to 1, what most image tokenizers see."""
-    return PixelScaling(1 / 255, (0.5,) * channels, (0.5,) * channels)
 
 
 class NeuralCodec(ABC):
@@ -94,6 +34,7 @@ class NeuralCodec(ABC):
     """
 
     can_decode = True
+    packages: tuple[str, ...] = ("torch",)
 
     def __init__(
         self, folder: Path, *, codebook_size: int, stride: int, channels: int, scaling: PixelScaling, device: str
@@ -182,6 +123,7 @@ class NeuralCodec(ABC):
             with (
                 torch.inference_mode(),
                 torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+                torch.jit.optimized_execution(False),
             ):
                 yield
         except torch.OutOfMemoryError as error:

@@ -27,6 +27,7 @@ class PatchCodebook:
 
     KIND = "patch"
     can_decode = True
+    packages: tuple[str, ...] = ()  # whole numbers: any version of NumPy gives the same
 
     def __init__(self, centres: np.ndarray, *, stride: int, channels: int) -> None:
         """Args:

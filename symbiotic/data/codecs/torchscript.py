@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from symbiotic.data.codecs.description import DESCRIPTION_FILE
-from symbiotic.data.codecs.neural import NeuralCodec, PixelScaling, minus_one_to_one
+from symbiotic.data.codecs.neural import NeuralCodec
+from symbiotic.data.codecs.scaling import PixelScaling, minus_one_to_one
 from symbiotic.errors import DataError
 from symbiotic.strict_json import brief
 

@@ -1,5 +1,6 @@
 """The image tokenizers that are classes of transformers: Emu3VQVAE, JanusVQVAE and ChameleonVQVAE."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ import transformers
 from torch import Tensor
 from transformers.utils import logging
 
-from symbiotic.data.codecs.neural import NeuralCodec, PixelScaling, minus_one_to_one
+from symbiotic.data.codecs.neural import NeuralCodec
 from symbiotic.data.codecs.pretrained import load_strictly, quiet, weight_files
+from symbiotic.data.codecs.scaling import PixelScaling, by_channel, minus_one_to_one
 
 _CHAMELEON_RESCALE = 0.0078
 """Chameleon's image processor multiplies by this, not by 2/255."""
@@ -20,7 +22,9 @@ class TransformersCodec(NeuralCodec):
     """A vector-quantized autoencoder of transformers, in the folder that its ``save_pretrained`` wrote."""
 
     CLASS: type[transformers.PreTrainedModel]
+    IMAGE_PROCESSOR: str
     SIZE_KEY = "num_embeddings"
+    packages = ("torch", "transformers")
 
     def __init__(self, folder: Path, *, config: dict[str, Any], device: str) -> None:
         """Load the network.
@@ -38,7 +42,12 @@ class TransformersCodec(NeuralCodec):
             codebook_size=getattr(settings, self.SIZE_KEY),
             stride=2 ** (len(settings.channel_multiplier) - 1),
             channels=channels,
-            scaling=PixelScaling.read(folder, channels=channels, default=self._default_scaling(channels)),
+            scaling=PixelScaling.read(
+                folder,
+                channels=channels,
+                default=self._default_scaling(channels),
+                unsaid=lambda kind: _scaling_of(kind, usual=self.IMAGE_PROCESSOR, channels=channels),
+            ),
             device=device,
         )
 
@@ -57,6 +66,7 @@ class Emu3Codec(TransformersCodec):
     """Emu3's tokenizer: images are videos of one latent frame."""
 
     CLASS = transformers.Emu3VQVAE
+    IMAGE_PROCESSOR = "Emu3ImageProcessor"
     SIZE_KEY = "codebook_size"
 
     def _encode(self, images: Tensor) -> Tensor:
@@ -71,6 +81,7 @@ class JanusCodec(TransformersCodec):
     """Janus's tokenizer."""
 
     CLASS = transformers.JanusVQVAE
+    IMAGE_PROCESSOR = "JanusImageProcessor"
 
     def _decode(self, codes: Tensor) -> Tensor:
         # The class takes every image for the square it was trained on; its decoder itself works on any grid.
@@ -82,6 +93,7 @@ class ChameleonCodec(TransformersCodec):
     """Chameleon's tokenizer; its decoder was never published."""
 
     CLASS = transformers.ChameleonVQVAE
+    IMAGE_PROCESSOR = "ChameleonImageProcessor"
     can_decode = False
 
     @staticmethod
@@ -90,6 +102,17 @@ class ChameleonCodec(TransformersCodec):
 
     def _decode(self, codes: Tensor) -> Tensor:
         raise NotImplementedError
+
+
+def _scaling_of(kind: str | None, *, usual: str, channels: int) -> PixelScaling:
+    """What the class of an image processor does unless its file says otherwise; ``usual`` if transformers lacks it."""
+    match = re.fullmatch(r"(\w+ImageProcessor)(Fast|Pil)?", kind or "")
+    known = getattr(transformers, match[1], None) if match else None
+    with quiet(logging):
+        processor = (known or getattr(transformers, usual))()
+    return PixelScaling(
+        processor.rescale_factor, by_channel(processor.image_mean, channels), by_channel(processor.image_std, channels)
+    )
 
 
 CLASSES: dict[str, type[TransformersCodec]] = {

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file's content, an empty table where there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def in_eight_bits(image: Image.Image) -> Image.Image:
+    """A picture as in training: grey of 16 bits divided by 257 and rounded, transparent pixels on white."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image).astype(np.int64).clip(0, 65535)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    picture = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def image_processor_of(folder: Path) -> dict[str, Any] | None:
+    """What the folder says of its image processor, from the file that transformers would read; None without one."""
+    nested = read_json(folder / "processor_config.json").get("image_processor")
+    path = folder / "preprocessor_config.json"
+    return nested if nested is not None else read_json(path) if path.is_file() else None
 
 
 class Codec:
@@ -56,7 +76,7 @@ class Codec:
             ValueError: the stride doesn't divide the size.
         """
         if isinstance(image, Image.Image):
-            image = np.asarray(image.convert("L" if self.channels == 1 else "RGB"))
+            image = np.asarray(in_eight_bits(image).convert("L" if self.channels == 1 else "RGB"))
         pixels = np.asarray(image).reshape(*np.shape(image)[:2], self.channels)
         height, width = pixels.shape[:2]
         if height % self.stride or width % self.stride:
@@ -121,18 +141,25 @@ class NeuralCodec(Codec):
     """A codec that is a torch network: ``(pixel * rescale - mean) / std`` by channel is what it sees."""
 
     RESCALE, MEAN, STD = 1 / 255, 0.5, 0.5
-    """Unless ``preprocessor_config.json`` says otherwise."""
+    """Where the folder has no image processor."""
+
+    IMAGE_PROCESSOR: str | None = None
+    """The class of transformers whose defaults hold for what the file of an image processor doesn't say."""
 
     def __init__(self, folder: Path, *, codebook_size: int, stride: int, channels: int) -> None:
         self.codebook_size, self.stride, self.channels = codebook_size, stride, channels
-        path = folder / "preprocessor_config.json"
-        tree = read_json(path)
-        self.rescale = float(tree.get("rescale_factor", 1 / 255)) if tree.get("do_rescale", True) else 1.0
+        tree = image_processor_of(folder)
+        usual = (self.RESCALE, self.MEAN, self.STD)
+        if tree is not None and self.IMAGE_PROCESSOR is not None:
+            named = re.fullmatch(r"(\w+ImageProcessor)(Fast|Pil)?", tree.get("image_processor_type") or "")
+            known = getattr(transformers, named[1], None) if named else None
+            processor = (known or getattr(transformers, self.IMAGE_PROCESSOR))()
+            usual = (processor.rescale_factor, processor.image_mean, processor.image_std)
+        tree = tree or {}
+        self.rescale = float(tree.get("rescale_factor", usual[0])) if tree.get("do_rescale", True) else 1.0
         normalize = tree.get("do_normalize", True)
-        self.mean = self._by_channel(tree.get("image_mean", self.MEAN) if normalize else 0.0)
-        self.std = self._by_channel(tree.get("image_std", self.STD) if normalize else 1.0)
-        if not path.is_file():
-            self.rescale = self.RESCALE
+        self.mean = self._by_channel(tree.get("image_mean", usual[1]) if normalize else 0.0)
+        self.std = self._by_channel(tree.get("image_std", usual[2]) if normalize else 1.0)
         scaling = {"rescale": self.rescale, "mean": self.mean, "std": self.std}
         content = hashlib.sha256(json.dumps([type(self).__name__, scaling]).encode())
         for file in self.files(folder):
@@ -140,8 +167,8 @@ class NeuralCodec(Codec):
                 content.update(f"{file.name} {hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
         self.digest = content.hexdigest()
 
-    def _by_channel(self, value: float | list[float]) -> list[float]:
-        values = [float(one) for one in value] if isinstance(value, list) else [float(value)]
+    def _by_channel(self, value: float | Sequence[float]) -> list[float]:
+        values = [float(one) for one in value] if isinstance(value, list | tuple) else [float(value)]
         return values * (self.channels // len(values))
 
     def files(self, folder: Path) -> list[Path]:
@@ -153,7 +180,8 @@ class NeuralCodec(Codec):
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
-            with torch.inference_mode():
+            # TorchScript without the optimizer that fuses kernels from the second call on.
+            with torch.inference_mode(), torch.jit.optimized_execution(False):
                 return getattr(self, method)(values)
         finally:
             torch.set_num_threads(threads)
@@ -215,6 +243,7 @@ class Emu3Codec(TransformersCodec):
     """Emu3's tokenizer."""
 
     NETWORK, SIZE_KEY = "Emu3VQVAE", "codebook_size"
+    IMAGE_PROCESSOR = "Emu3ImageProcessor"
 
     def encode_images(self, images: Tensor) -> Tensor:
         """Ids of images, which the class takes for videos."""
@@ -229,6 +258,7 @@ class JanusCodec(TransformersCodec):
     """Janus's tokenizer."""
 
     NETWORK = "JanusVQVAE"
+    IMAGE_PROCESSOR = "JanusImageProcessor"
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Images of ids; the class would take every image for the square it was trained on."""
@@ -240,6 +270,7 @@ class ChameleonCodec(TransformersCodec):
     """Chameleon's tokenizer."""
 
     NETWORK = "ChameleonVQVAE"
+    IMAGE_PROCESSOR = "ChameleonImageProcessor"
     RESCALE, MEAN, STD = 0.0078, 1.0, 1.0
 
     def decode_codes(self, codes: Tensor) -> Tensor:
