@@ -74,6 +74,7 @@ CORPORA = [
         new="if not shard.digest:",
         test="tests/data/test_loading.py::test_a_shard_that_was_written_again_after_the_start_is_refused",
         why="a shard that was exchanged during a run was read where its predecessor's documents lay",
+        fails_with=("IndexError", "assert ", "AssertionError", "Failed: DID NOT RAISE"),
     ),
     Mutation(
         name="flipped-bytes-of-an-index-cache",
@@ -82,6 +83,7 @@ CORPORA = [
         new='if not entry["crc32"] + 1:',
         test="tests/data/test_loading.py::test_a_damaged_cache_file_is_built_again[flipped]",
         why="a damaged cache was taken for the plan of an epoch",
+        fails_with=("IndexError", "assert ", "AssertionError", "Failed: DID NOT RAISE"),
     ),
     Mutation(
         name="temperature-upside-down",
