@@ -7,15 +7,18 @@ MEGATRON_LM names a checkout of Megatron-LM, whose tools/preprocess_data.py is i
 or without the optional package gigatoken, a row says "not run" and is a miss.
 
 A round turns one corpus of prose into shards with each tool, in the same number of processes and with the same
-SentencePiece model (Megatron's has an end-of-document piece behind the others). Counted is from parsing JSON to the
-last fsync: files of Megatron's tool, which flushes none, are flushed behind it, and the time that the same command
-takes for a few documents (interpreter, imports, start of the processes; median) is taken off on every side; rows
-``.with_start_up`` keep it. The tokenizer alone encodes the same texts in the same number of processes that take batches
-in turn, in the batches and by the call of preprocessing, from the moment when all hold model and texts. The ratio of a
-round is taken before the median. The first round only warms up.
+SentencePiece model (Megatron's has an end-of-document piece behind the others). Ours is timed with each back end:
+``sentencepiece`` gives the library every word once, ``sentencepiece_whole`` whole texts, as Megatron's tool does.
+Counted is from parsing JSON to the last fsync: files of Megatron's tool, which flushes none, are flushed behind it, and
+the time that the same command takes for a few documents (interpreter, imports, start of the processes; median) is taken
+off on every side; rows ``.with_start_up`` keep it. The tokenizer alone encodes the same texts in the same number of processes that take batches
+in turn, in the batches and by the call of preprocessing, from the moment when all hold model and texts. The tokenizer's
+ceiling is the library's on whole texts, and the share of it what preprocessing with ``sentencepiece_whole`` reaches;
+row ``.sentencepiece`` says the same of words. The ratio of a round is taken before the median. The first round only
+warms up.
 
 The corpus repeats the paragraphs of the standard library's documentation in documents of about 2.7 kB. It has fewer
-different words than the web, so what remembers words, as gigatoken does, gains more here.
+different words than the web, so what remembers words, as ``sentencepiece`` and gigatoken do, gains more here.
 
 Writes the rows ``data.*``, those of `benchmarks.bench_loading` among them, as JSON and as a dated table.
 """
@@ -47,6 +50,7 @@ from benchmarks.tokenizer_alone import tokenizer_seconds
 from symbiotic.analysis.results import Row, Target, Values, apply_targets, missed, write_results
 from symbiotic.analysis.table import print_rows
 from symbiotic.data.shards import Shard
+from symbiotic.data.text_encoding import BACKENDS
 from symbiotic.tokens.tokenizer import TRAINING_OPTIONS, Tokenizer
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
@@ -58,6 +62,8 @@ PARAGRAPHS = 28
 SIZES = {"megabytes": 100.0, "pieces": 8000, "chunks_mb": (1, 64)}
 SMOKE_SIZES = {"megabytes": 0.3, "pieces": 500, "chunks_mb": (1,)}
 EOD_PIECE = "</s>"
+OWN_BACKENDS = ("sentencepiece", "sentencepiece_whole")
+"""Those that need no optional package."""
 PEAK_OF_COMMAND = """
 import resource, subprocess, sys
 subprocess.run(sys.argv[1:], check=True)
@@ -190,7 +196,7 @@ class Comparison:
         self._megatron_lm = megatron_lm
         self._console = console
         self._log = corpus.folder / "log.txt"
-        self._backends = ["sentencepiece"]
+        self._backends = list(OWN_BACKENDS)
         if importlib.util.find_spec("gigatoken") is not None:
             self._backends.append("gigatoken")
 
@@ -212,9 +218,10 @@ class Comparison:
                 take(backend, lambda path, backend=backend: self._ours(path, backend=backend), few, everything)
             if self._megatron_lm is not None:
                 take("megatron_lm", self._theirs, few, everything)
-            alone = tokenizer_seconds(everything, model=self._corpus.model, workers=self._workers)
-            whole.setdefault("tokenizer_alone", []).append(alone)
-            self._console.print(f"tokenizer_alone: {alone:.2f} s", highlight=False)
+            for backend in OWN_BACKENDS:
+                alone = tokenizer_seconds(everything, model=self._corpus.model, backend=backend, workers=self._workers)
+                whole.setdefault(f"{backend}.alone", []).append(alone)
+                self._console.print(f"{backend} alone: {alone:.2f} s", highlight=False)
         return self._rows(
             {name: values[warm_up:] for name, values in whole.items()},
             {name: values[warm_up:] for name, values in start_up.items()},
@@ -222,7 +229,7 @@ class Comparison:
 
     def _rows(self, whole: dict[str, list[float]], start_up: dict[str, list[float]]) -> list[Row]:
         """Ratios of each round and their medians; what wasn't run has no value."""
-        rounds = len(whole["tokenizer_alone"])
+        rounds = len(whole["sentencepiece.alone"])
         off = {name: statistics.median(start_up.get(name, [0.0])) for name in whole}
         seconds = {name: [value - off[name] for value in values] for name, values in whole.items()}
 
@@ -232,16 +239,18 @@ class Comparison:
             return statistics.median(a / b for a, b in zip(times[above], times[below], strict=True))
 
         rows = []
-        for backend in ("sentencepiece", "gigatoken"):
+        for backend in BACKENDS:
             name = f"data.preprocess_ratio_to_megatron_lm.{backend}"
             rows.append(Row(name, ratio(seconds, "megatron_lm", backend), "ratio", n=rounds))
             rows.append(Row(f"{name}.with_start_up", ratio(whole, "megatron_lm", backend), "ratio", n=rounds))
             rows.append(Row(f"data.same_tokens_as_megatron_lm.{backend}", self.same_tokens(backend), "share", n=1))
-        share = ratio(seconds, "tokenizer_alone", "sentencepiece")
-        rows.append(Row("data.share_of_tokenizer_ceiling", share, "share", n=rounds))
-        share = ratio(whole, "tokenizer_alone", "sentencepiece")
-        rows.append(Row("data.share_of_tokenizer_ceiling.with_start_up", share, "share", n=rounds))
-        for name in ("sentencepiece", "gigatoken", "megatron_lm", "tokenizer_alone"):
+        for name, times, backend in (
+            ("data.share_of_tokenizer_ceiling", seconds, "sentencepiece_whole"),
+            ("data.share_of_tokenizer_ceiling.with_start_up", whole, "sentencepiece_whole"),
+            ("data.share_of_tokenizer_ceiling.sentencepiece", seconds, "sentencepiece"),
+        ):
+            rows.append(Row(name, ratio(times, f"{backend}.alone", backend), "share", n=rounds))
+        for name in (*BACKENDS, "megatron_lm", *(f"{backend}.alone" for backend in OWN_BACKENDS)):
             rate = self._corpus.num_bytes / 1e6 / statistics.median(seconds[name]) if name in seconds else None
             rows.append(Row(f"data.preprocess_mb_per_s.{name}", rate, "MB/s", n=rounds))
         rows += [

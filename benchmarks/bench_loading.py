@@ -37,6 +37,8 @@ from symbiotic.tokens.vocabulary import VocabularyLayout
 ROOT = Path(__file__).parents[1]
 SEQUENCE_LENGTH = 4096
 CONSUMED_PER_SECOND = 50_000
+WORKERS = 2
+"""Data workers of the consumer."""
 SIZES = {"shards": 250, "documents": 40_000, "many": 10_000, "samples": 1000, "steps": 60}
 SMOKE_SIZES = {"shards": 3, "documents": 2000, "many": 20, "samples": 20, "steps": 3}
 IMAGE = (8, 8)
@@ -215,18 +217,20 @@ def _read(folder: Path, *, samples: int) -> dict[str, float]:
 def _consume(folder: Path, *, steps: int) -> dict[str, float]:
     samples = 4
     blend = BlendedDataset([_open(folder, "large")], mixtures=[Mixture(0, {"large": 1.0})], seed=0)
-    batches = BatchIterator(blend, micro_batch_size=1, global_batch_size=samples, workers=2)
-    batches.microbatches(0)
+    batches = BatchIterator(blend, micro_batch_size=1, global_batch_size=samples, workers=WORKERS)
+    for step in range(WORKERS):  # each worker starts, and checks the shards of its first step
+        batches.microbatches(step)
     waited, step_tokens = 0, samples * SEQUENCE_LENGTH
-    for step in range(1, steps + 1):
+    first, last = WORKERS, WORKERS + steps
+    for step in range(first, last):
         time.sleep(step_tokens / CONSUMED_PER_SECOND)
         started = time.perf_counter()
         batches.microbatches(step)
         waited += time.perf_counter() - started > 0.001
-    for step in range(steps + 1, steps + 5):  # what was read ahead
+    for step in range(last, last + 8):  # what was read ahead
         batches.microbatches(step)
     started = time.perf_counter()
-    for step in range(steps + 5, 2 * steps + 5):
+    for step in range(last + 8, last + 8 + steps):
         batches.microbatches(step)
     ceiling = steps * step_tokens / (time.perf_counter() - started)
     batches.close()

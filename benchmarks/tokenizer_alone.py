@@ -8,14 +8,17 @@ from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 from symbiotic.data.chunk_jobs import BATCH_BYTES
+from symbiotic.data.text_encoding import TextEncoder
 from symbiotic.tokens.tokenizer import Tokenizer
 
 _START_LIMIT, _WORK_LIMIT = 120, 1200
 """Seconds after which a process that hasn't started, or hasn't ended, is taken for dead."""
 
 
-def tokenizer_seconds(corpus: Path, *, model: Path, workers: int) -> float:
+def tokenizer_seconds(corpus: Path, *, model: Path, backend: str, workers: int) -> float:
     """Seconds in which ``workers`` processes encode the ``text`` of all JSON lines, from when all have read them.
+
+    ``backend`` is one of preprocessing's ``text_encoding.BACKENDS``.
 
     Raises:
         threading.BrokenBarrierError: a process didn't start or end in time.
@@ -23,7 +26,7 @@ def tokenizer_seconds(corpus: Path, *, model: Path, workers: int) -> float:
     context = multiprocessing.get_context("spawn")
     barrier, turn = context.Barrier(workers + 1), context.Value("q", 0)
     processes = [
-        context.Process(target=_encode_in_turn, args=(corpus, model, barrier, turn), daemon=True)
+        context.Process(target=_encode_in_turn, args=(corpus, model, backend, barrier, turn), daemon=True)
         for _ in range(workers)
     ]
     for process in processes:
@@ -37,9 +40,9 @@ def tokenizer_seconds(corpus: Path, *, model: Path, workers: int) -> float:
     return seconds
 
 
-def _encode_in_turn(corpus: Path, model: Path, barrier: Barrier, turn: Synchronized) -> None:
+def _encode_in_turn(corpus: Path, model: Path, backend: str, barrier: Barrier, turn: Synchronized) -> None:
     """Encode batches that no other process took yet, between two meetings at the barrier."""
-    tokenizer = Tokenizer(model)
+    encode = TextEncoder(Tokenizer(model), backend=backend)
     batches: list[list[str]] = [[]]
     size = 0
     with open(corpus, "rb") as file:
@@ -56,5 +59,5 @@ def _encode_in_turn(corpus: Path, model: Path, barrier: Barrier, turn: Synchroni
             turn.value += 1
         if number >= len(batches):
             break
-        tokenizer.encode_batch(batches[number])
+        encode(batches[number])
     barrier.wait(_WORK_LIMIT)

@@ -1,5 +1,7 @@
 """Texts to piece ids in bulk, by the tokenizer's own library or, for SentencePiece models, by the faster gigatoken.
 
+SentencePiece gets each word of a text once (`word_encoder.WordEncoder`) where that gives the pieces of the whole text.
+
 gigatoken (an optional package) reads the same SentencePiece model. It is young, so it is compared with SentencePiece
 before it is used: on every piece by itself, and on mixtures of pieces, spaces, control characters and all scripts.
 """
@@ -9,11 +11,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from symbiotic.data.word_encoder import WordEncoder
 from symbiotic.errors import DataError
 from symbiotic.tokens.tokenizer import ROUND_TRIP_PROBE, SENTENCEPIECE_FILE, Tokenizer
 
-BACKENDS = ("sentencepiece", "gigatoken")
-"""Values of ``--tokenizer-backend``; with the first, a tokenizer.json is encoded by the library ``tokenizers``."""
+BACKENDS = ("sentencepiece", "sentencepiece_whole", "gigatoken")
+"""Values of ``--tokenizer-backend``; ``sentencepiece_whole`` gives the library whole texts only. With the first two a
+tokenizer.json is encoded by the library ``tokenizers``."""
 
 _MIXTURES = 2000
 
@@ -31,6 +35,8 @@ class TextEncoder:
             raise DataError(f"--tokenizer-backend {backend!r} isn't known; give one of {', '.join(BACKENDS)}")
         self._tokenizer = tokenizer
         self._encode: Callable[[Sequence[str]], list[np.ndarray]] = tokenizer.encode_batch
+        if backend == "sentencepiece":
+            self._encode = WordEncoder.of(tokenizer) or tokenizer.encode_batch
         if backend == "gigatoken":
             self._gigatoken = _load_gigatoken(tokenizer)
             self._encode = self._with_gigatoken

@@ -41,8 +41,8 @@ Sample = dict[str, np.ndarray]
 
 def _ranges(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """``start, start + 1, ...`` of each range, one range after the other."""
-    before = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) + np.repeat(starts - before, lengths)
+    before = lengths.cumsum() - lengths
+    return np.arange(int(lengths.sum())) + (starts - before).repeat(lengths)
 
 
 def unfolded_lengths(lengths: np.ndarray, types: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -136,6 +136,7 @@ class WindowReader:
         self._begin_of_type = np.zeros(NUM_TOKEN_TYPES, dtype=np.int64)
         self._begin_of_type[TokenType.UNDERSTANDING_CODE] = vocabulary.begin_understanding_image
         self._begin_of_type[TokenType.GENERATION_CODE] = vocabulary.begin_generation_image
+        self._padding = self._make_padding()
 
     def read(self, pieces: Pieces) -> Sample:
         """The sample of a window; without pieces, a sample of padding.
@@ -149,7 +150,7 @@ class WindowReader:
         Raises:
             DataError: the shard holds an id outside the vocabulary, or an image without resolution token.
         """
-        sample = self._padding()
+        sample = {name: values.copy() for name, values in self._padding.items()}
         if not len(pieces):
             return sample
         shard_P, document_P = self._shards.locate(pieces.documents)
@@ -161,10 +162,10 @@ class WindowReader:
 
         lengths_P = pieces.lengths.astype(np.int64)
         total = int(lengths_P.sum())
-        piece_N = np.repeat(np.arange(len(pieces), dtype=np.int32), lengths_P)
+        piece_N = np.arange(len(pieces), dtype=np.int32).repeat(lengths_P)
         input_N = np.arange(total) + piece_N
         for name in ("tokens", "token_types", "image_span_ids"):
-            sample[name][:total] = stream[name][input_N]
+            stream[name].take(input_N, out=sample[name][:total], mode="clip")
         label_N = input_N + 1
         sample["labels"][:total] = stream["tokens"][label_N]
         sample["loss_classes"][:total] = stream["loss_classes"][label_N]
@@ -173,7 +174,7 @@ class WindowReader:
         sample["documents"] = np.stack([shard_P, document_P], axis=1)
         return sample
 
-    def _padding(self) -> Sample:
+    def _make_padding(self) -> Sample:
         """A sample without a token."""
         length = self._sequence_length
         return {
@@ -191,13 +192,12 @@ class WindowReader:
         """The segments that reach into the window, with the stretch of each that is needed."""
         segments, count_P = self._document_segments(opened, document_P)
         stream_K = segments.content_K + segments.last_K * (int(self._shards.adds_eod) + 1)
-        start_K = np.cumsum(stream_K) - stream_K
-        first_P = np.cumsum(count_P) - count_P
-        start_K -= np.repeat(start_K[first_P], count_P)
-        low_K = np.repeat(pieces.starts.astype(np.int64), count_P) - start_K
-        high_K = low_K + np.repeat(pieces.lengths + 1, count_P)
-        segments.low_K = np.clip(low_K, 0, stream_K)
-        segments.high_K = np.clip(high_K, 0, stream_K)
+        start_K = stream_K.cumsum() - stream_K
+        start_K -= start_K[count_P.cumsum() - count_P].repeat(count_P)
+        low_K = pieces.starts.astype(np.int64).repeat(count_P) - start_K
+        high_K = low_K + (pieces.lengths + 1).repeat(count_P)
+        segments.low_K = np.minimum(np.maximum(low_K, 0), stream_K)
+        segments.high_K = np.minimum(np.maximum(high_K, 0), stream_K)
         needed = segments.high_K > segments.low_K
         return segments if needed.all() else segments.keep(needed)
 
@@ -214,26 +214,27 @@ class WindowReader:
 
     def _document_segments(self, opened: Sequence[Shard], document_P: np.ndarray) -> tuple[_Segments, np.ndarray]:
         """All segments of some documents, whole, and how many each document has."""
-        count_P, starts, lengths, modes = [], [], [], []
+        count_P, start_P, lengths, modes = [], [], [], []
         for shard, document in zip(opened, document_P.tolist(), strict=True):
             first, last = shard.first_segments.item(document), shard.first_segments.item(document + 1)
             count_P.append(last - first)
-            starts.append(shard.positions[first:last])
+            start_P.append(shard.positions.item(first) // shard.index.dtype.itemsize)
             lengths.append(shard.lengths[first:last])
             modes.append(shard.modes[first:last])
         count_P = np.array(count_P)
-        piece_K = np.repeat(np.arange(len(opened)), count_P)
+        piece_K = np.arange(len(opened)).repeat(count_P)
         mode_K = np.concatenate(modes)
         type_K = mode_K & np.int8(TYPE_MASK)
-        token_bytes_P = np.array([shard.index.dtype.itemsize for shard in opened])
-        start_K = np.concatenate(starts) // token_bytes_P[piece_K]
         length_K = np.concatenate(lengths, dtype=np.int64)
+        # Segments of a document lie one behind the other.
+        before_K = length_K.cumsum() - length_K
+        start_K = before_K + (np.array(start_P) - before_K[count_P.cumsum() - count_P]).repeat(count_P)
         rows_K, columns_K = np.zeros_like(start_K), np.zeros_like(start_K)
-        images = np.flatnonzero(is_image(type_K))
+        images = is_image(type_K).nonzero()[0]
         if len(images):
             rows_K[images], columns_K[images] = self._image_sizes(opened, piece_K[images], start_K[images])
         last_K = np.zeros(len(start_K), dtype=bool)
-        last_K[np.cumsum(count_P) - 1] = True
+        last_K[count_P.cumsum() - 1] = True
         content_K = unfolded_lengths(length_K, type_K, rows_K)
         segments = _Segments(
             piece_K=piece_K,
@@ -254,17 +255,20 @@ class WindowReader:
         image_K = is_image(segments.type_K)
         from_K = segments.start_K + np.where(image_K, 0, np.minimum(segments.low_K, segments.length_K))
         to_K = segments.start_K + np.where(image_K, segments.length_K, np.minimum(segments.high_K, segments.length_K))
-        new_piece = np.append(True, segments.piece_K[1:] != segments.piece_K[:-1])
-        first_P = np.flatnonzero(new_piece)
-        last_P = np.append(first_P[1:], len(new_piece)) - 1
+        new_piece = np.ones(len(segments.piece_K), dtype=bool)
+        np.not_equal(segments.piece_K[1:], segments.piece_K[:-1], out=new_piece[1:])
+        first_P = new_piece.nonzero()[0]
+        last_P = np.concatenate([first_P[1:] - 1, [len(new_piece) - 1]])
         # Segments of a document lie one behind the other, so a piece is one stretch of the .bin.
-        stretches = zip(opened, from_K[first_P].tolist(), to_K[last_P].tolist(), strict=True)
-        raw = np.concatenate([shard.tokens[start:end] for shard, start, end in stretches], dtype=np.int64)
-        if len(raw) and (int(raw.max()) >= self._token_limit or int(raw.min()) < 0):
+        from_P, to_P = from_K[first_P], to_K[last_P]
+        stretches = zip(opened, from_P.tolist(), to_P.tolist(), strict=True)
+        parts = [shard.tokens[start:end] for shard, start, end in stretches]
+        # One more, as a window of nothing but an end of document has no token of a shard.
+        raw = np.concatenate([*parts, [self._vocabulary.pad]], dtype=np.int64)
+        if int(raw.max()) >= self._token_limit or int(raw.min()) < 0:
             self._refuse_tokens(raw, opened)
-        before_P = np.cumsum(to_K[last_P] - from_K[first_P]) - (to_K[last_P] - from_K[first_P])
-        shift_P = before_P - from_K[first_P]
-        return raw, segments.start_K + shift_P[np.cumsum(new_piece) - 1]
+        shift_P = (to_P - from_P).cumsum() - to_P
+        return raw, segments.start_K + shift_P[new_piece.cumsum() - 1]
 
     def _refuse_tokens(self, raw: np.ndarray, opened: Sequence[Shard]) -> None:
         """Raise a DataError that names the shards of the window."""
@@ -278,18 +282,17 @@ class WindowReader:
     def _stream(self, segments: _Segments, raw: np.ndarray, place_K: np.ndarray) -> dict[str, np.ndarray]:
         """Tokens, types, loss classes, loss and image spans of all positions of the window, each [T]."""
         count_K = segments.high_K - segments.low_K
-        first_K = np.cumsum(count_K) - count_K
-        raw = np.append(raw, self._vocabulary.pad)
-        raw_T = np.arange(int(count_K.sum())) + np.repeat(place_K + segments.low_K - first_K, count_K)
+        first_K = count_K.cumsum() - count_K
+        raw_T = np.arange(int(count_K.sum())) + (place_K + segments.low_K - first_K).repeat(count_K)
         stream = {
             # Positions of control tokens point past their segment; they are filled in below.
             "tokens": raw.take(raw_T, mode="clip"),
-            "token_types": np.repeat(segments.type_K, count_K),
-            "loss_classes": np.repeat(_CLASS_OF_TYPE[segments.type_K], count_K),
-            "has_loss": np.repeat(segments.loss_K, count_K),
+            "token_types": segments.type_K.repeat(count_K),
+            "loss_classes": _CLASS_OF_TYPE[segments.type_K].repeat(count_K),
+            "has_loss": segments.loss_K.repeat(count_K),
             "image_span_ids": np.full(len(raw_T), NO_IMAGE, dtype=np.int32),
         }
-        images = np.flatnonzero(is_image(segments.type_K))
+        images = is_image(segments.type_K).nonzero()[0]
         if len(images):
             self._unfold_images(stream, segments, raw, place_K, first_K, images)
         self._close_documents(stream, segments, first_K)

@@ -138,6 +138,10 @@ class Tokenizer:
         """Piece ids of several texts, one int32 [pieces] each; one thread, as callers spread work over processes."""
         return self._model.encode_batch(texts)
 
+    def sentencepiece_model(self) -> bytes | None:
+        """The SentencePiece model as a serialized ``ModelProto``; None for a ``tokenizer.json``."""
+        return self._model.serialized() if isinstance(self._model, _SentencePieceModel) else None
+
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of piece ids.
 
@@ -195,3 +199,6 @@ class _SentencePieceModel:
 
     def spelling(self, piece: int) -> str:
         return self._processor.id_to_piece(piece)
+
+    def serialized(self) -> bytes:
+        return self._processor.serialized_model_proto()

@@ -18,7 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
 
 from symbiotic.errors import CheckpointError
-from symbiotic.training.checkpoint import manifest, sharded
+from symbiotic.training.checkpoint import manifest
 from symbiotic.training.checkpoint.sharded import ShardedSave
 from symbiotic.training.checkpoint.storage import CheckpointStore, load_checkpoint
 
@@ -134,10 +134,10 @@ def save_on_a_full_disk(
 def _no_byte_written() -> Any:
     failure = OSError(errno.EFBIG, os.strerror(errno.EFBIG))
 
-    def write(self: sharded._DigestingFile, data: Any) -> int:
+    def write(self: manifest.DigestingFile, data: Any) -> int:
         raise failure
 
-    return mock.patch.object(sharded._DigestingFile, "write", write)
+    return mock.patch.object(manifest.DigestingFile, "write", write)
 
 
 def save_what_cannot_be_read(*, folder: Path) -> str:

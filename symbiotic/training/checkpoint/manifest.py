@@ -12,6 +12,8 @@ step-500/
 
 import contextlib
 import errno
+import hashlib
+import io
 import os
 import re
 import shutil
@@ -40,6 +42,36 @@ class FileEntry(TypedDict):
 
     size: int
     sha256: str
+
+
+class DigestingFile(io.BufferedWriter):
+    """A file whose SHA-256 is that of the bytes given to it, whatever becomes of them on the disk."""
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        super().__init__(io.FileIO(path, "w"))
+        self._digest = hashlib.sha256()
+        self._size = 0
+
+    @property
+    def entry(self) -> FileEntry:
+        """Size and SHA-256 of what was written so far."""
+        return {"size": self._size, "sha256": self._digest.hexdigest()}
+
+    def write(self, data: Any) -> int:
+        """Digest and write."""
+        self._digest.update(data)
+        written = super().write(data)
+        self._size += written
+        return written
+
+    def close(self) -> None:
+        """Flush to the disk and close, on a full disk too: a file that stays open would keep what room it has."""
+        try:
+            if not self.closed:
+                self.flush()
+                os.fsync(self.fileno())
+        finally:
+            super().close()
 
 
 def digest_files(folder: Path, *, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:

@@ -7,7 +7,6 @@ things differ from its ``save`` and ``load``. Writing happens in the calling pro
 
 import contextlib
 import errno
-import hashlib
 import io
 import os
 import threading
@@ -49,7 +48,7 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 
 from symbiotic.distributed.agreement import on_every_rank, on_rank_zero, rank_and_size
 from symbiotic.errors import CheckpointError
-from symbiotic.training.checkpoint.manifest import FileEntry, reporting_disk_errors
+from symbiotic.training.checkpoint.manifest import DigestingFile, FileEntry, reporting_disk_errors
 from symbiotic.training.checkpoint.safe_load import SafeReader, load_object, read_metadata, reason_of
 from symbiotic.training.checkpoint.waiting import patiently_on_every_rank
 from symbiotic.training.checkpoint.weights import OPTIMIZER_PREFIX, read_common_state, write_format
@@ -181,7 +180,7 @@ class _Writer(torch_checkpoint.FileSystemWriter):
 
     def __init__(self, folder: Path) -> None:
         # Nothing is copied ahead: that takes a stream of the current GPU, which another thread doesn't know.
-        # _DigestingFile fsyncs.
+        # DigestingFile fsyncs.
         super().__init__(folder, single_file_per_rank=True, sync_files=False, per_thread_copy_ahead=0)
         self.fs = _DigestingFileSystem()
 
@@ -203,39 +202,14 @@ class _DigestingFileSystem(FileSystem):
     @contextlib.contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
         """A new file; ``mode`` is always ``wb``."""
-        with _DigestingFile(path) as stream:
+        with DigestingFile(path) as stream:
             yield stream
-        self.entries[Path(path).name] = {"size": stream.size, "sha256": stream.digest.hexdigest()}
+        self.entries[Path(path).name] = stream.entry
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         """Rename a finished file."""
         super().rename(path, new_path)
         self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
-
-
-class _DigestingFile(io.BufferedWriter):
-    """A file whose SHA-256 is that of the bytes given to it, whatever becomes of them on the disk."""
-
-    def __init__(self, path: str | os.PathLike) -> None:
-        super().__init__(io.FileIO(path, "w"))
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        """Digest and write."""
-        self.digest.update(data)
-        written = super().write(data)
-        self.size += written
-        return written
-
-    def close(self) -> None:
-        """Flush to the disk and close, on a full disk too: a file that stays open would keep what room it has."""
-        try:
-            if not self.closed:
-                self.flush()
-                os.fsync(self.fileno())
-        finally:
-            super().close()
 
 
 class _Source:

@@ -11,7 +11,6 @@ logical order on the first axis). What ``write_weights`` leaves behind is a chec
 """
 
 import io
-import os
 import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -266,7 +265,7 @@ class WeightsWriter:
             raise CheckpointError(f"{self.folder} exists already; name a new folder or remove it")
         manifests.remove_folder(self._temporary)
         self._temporary.mkdir(parents=True)
-        self._stream = open(self._temporary / self._FILE, "wb")
+        self._stream = manifests.DigestingFile(self._temporary / self._FILE)
         return self
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
@@ -306,8 +305,6 @@ class WeightsWriter:
         with manifests.reporting_disk_errors(self.folder):
             self._entries[COMMON_STATE_KEY] = BytesStorageMetadata()
             self._places[MetadataIndex(COMMON_STATE_KEY)] = self._append([self._common])
-            self._stream.flush()
-            os.fsync(self._stream.fileno())
             self._stream.close()
             self._finish()
 
@@ -328,6 +325,6 @@ class WeightsWriter:
                 write_json(self._temporary / name, table)
         if self._config is not None:
             write_text(self._temporary / CONFIG_FILE, dump_yaml(dict(self._config)))
-        files = manifests.digest_files(self._temporary)
+        files = manifests.digest_files(self._temporary, known={self._FILE: self._stream.entry})
         manifests.write_manifest(self._temporary, files, kind="weights", step=0)
         manifests.publish(self._temporary, self.folder)
