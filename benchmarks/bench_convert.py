@@ -40,7 +40,7 @@ from symbiotic.tokens.vocabulary import VocabularyLayout
 from symbiotic.training.checkpoint.weights import write_weights
 
 TOOL = Path(__file__).parents[1] / "tools" / "convert_checkpoint.py"
-ROUNDS = 3
+ROUNDS = 5
 SIZES = {"blocks": 16, "hidden": 1024, "expert": 1024, "experts": (24, 8), "codes": 60_000}
 """4 GB in bfloat16."""
 SMOKE_SIZES = {"blocks": 2, "hidden": 64, "expert": 32, "experts": (3, 2), "codes": 100}

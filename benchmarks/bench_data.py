@@ -11,11 +11,12 @@ SentencePiece model (Megatron's has an end-of-document piece behind the others).
 ``sentencepiece`` gives the library every word once, ``sentencepiece_whole`` whole texts, as Megatron's tool does.
 Counted is from parsing JSON to the last fsync: files of Megatron's tool, which flushes none, are flushed behind it, and
 the time that the same command takes for a few documents (interpreter, imports, start of the processes; median) is taken
-off on every side; rows ``.with_start_up`` keep it. The tokenizer alone encodes the same texts in the same number of processes that take batches
-in turn, in the batches and by the call of preprocessing, from the moment when all hold model and texts. The tokenizer's
-ceiling is the library's on whole texts, and the share of it what preprocessing with ``sentencepiece_whole`` reaches;
-row ``.sentencepiece`` says the same of words. The ratio of a round is taken before the median. The first round only
-warms up.
+off on every side; rows ``.with_start_up`` keep it.
+
+The tokenizer alone encodes the same texts in the same number of processes that take batches in turn, in the batches and
+by the call of preprocessing, from the moment when all hold model and texts. The tokenizer's ceiling is the library's on
+whole texts, and the share of it is what preprocessing with ``sentencepiece_whole`` reaches; row ``.sentencepiece`` says
+the same of words. The ratio of a round is taken before the median. The first round only warms up.
 
 The corpus repeats the paragraphs of the standard library's documentation in documents of about 2.7 kB. It has fewer
 different words than the web, so what remembers words, as ``sentencepiece`` and gigatoken do, gains more here.

@@ -4,13 +4,30 @@ import contextlib
 import errno
 import glob
 import hashlib
+import io
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 from symbiotic.errors import LaunchError
+
+WRITE_BYTES = 1 << 18
+"""Bytes to give the system at a time. It looks for contiguous memory for a larger write, which can take several times
+as long (Linux 6.18, ext4: 4 GB in 2 s by pieces of this size, in 6 to 13 s by 4 MB)."""
+
+
+class PiecewiseFile(io.FileIO):
+    """An unbuffered file to write, which takes `WRITE_BYTES` at a time; a buffered one around it comes back."""
+
+    def __init__(self, path: Path | str | os.PathLike) -> None:
+        super().__init__(path, "w")
+
+    def write(self, data: Any) -> int:
+        """Write the first bytes of ``data``; how many."""
+        return super().write(memoryview(data).cast("B")[:WRITE_BYTES])
 
 
 def fsync_folder(folder: Path | str) -> None:
@@ -23,17 +40,21 @@ def fsync_folder(folder: Path | str) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path | str, mode: str = "wb", *, keep_name: bool = True) -> Iterator[IO[Any]]:
+def replacing(
+    path: Path | str, mode: Literal["wb", "w"] = "wb", *, keep_name: bool = True, many_nodes: bool = False
+) -> Iterator[IO[Any]]:
     """Open a temporary file beside ``path``; on success flush, fsync and rename it to ``path``.
 
     When the body raises, the temporary file is removed and ``path`` keeps its old content. With ``keep_name`` False the
-    new name isn't flushed: after a power cut the file is either there as a whole or not at all.
+    new name isn't flushed: after a power cut the file is either there as a whole or not at all. With ``many_nodes``
+    processes of several nodes may write ``path`` at once: the temporary name is then by chance, since process ids are
+    unique on one node only, and `remove_leftovers` doesn't know it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    encoding = None if "b" in mode else "utf-8"
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8) if many_nodes else os.getpid()}.tmp")
     try:
-        with open(temporary, mode, encoding=encoding) as file:
+        with io.BufferedWriter(PiecewiseFile(temporary)) as binary:
+            file = binary if mode == "wb" else io.TextIOWrapper(binary, encoding="utf-8")
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -11,7 +11,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from rich.console import Console
 
-from benchmarks import table
+from benchmarks import bench_convert, bench_data, table
 from benchmarks.bench_data import TARGETS, Comparison, write_corpus
 from benchmarks.bench_router import cases
 from symbiotic.analysis.results import Row, apply_targets, missed, read_results
@@ -40,6 +40,14 @@ def test_the_router_results_have_every_promised_row():
     targets = {row.metric: row.target for row in rows if row.target is not None}
     assert targets == {f"router.step_ratio_to_stock.{case.name}": 1.03 for case in cases(smoke=False)}
     assert facts["command"] == "make bench-router" and facts["machine"] and facts["date"]
+
+
+@pytest.mark.parametrize("name", ["data", "convert"])
+def test_the_results_have_every_promised_row(name):
+    rows, facts = read_results(table.RESULTS / f"{name}.json")
+    promised = {target.metric for target in {"data": bench_data, "convert": bench_convert}[name].TARGETS}
+    assert {row.metric for row in rows if row.holds is not None} == promised
+    assert facts["command"] == f"make bench-{name}" and facts["machine"] and facts["date"]
 
 
 def test_what_preprocessing_is_not_measured_against_is_a_miss():

@@ -86,6 +86,8 @@ COMMANDS = {
         RunBy.ON_A_CLUSTER
     ),
     "make bench-router": RunBy.IN_SMALL,
+    "make bench-data": RunBy.IN_SMALL,
+    "make bench-convert": RunBy.IN_SMALL,
     "python tools/verify_checkpoint.py runs/digits/generation": RunBy.ON_THE_DEMO,
     "python tools/report.py runs/digits/generation": RunBy.ON_THE_DEMO,
     "python tools/report.py runs/digits/generation runs/digits/understanding --output runs/compared": (

@@ -50,7 +50,8 @@ def parse_arguments() -> argparse.Namespace:
         "--tokenizer-backend",
         choices=BACKENDS,
         default=BACKENDS[0],
-        help="what encodes text; gigatoken is compared with sentencepiece first (default sentencepiece)",
+        help="what encodes text: the library word by word where that is exact (default), the library on whole texts, "
+        "or the package gigatoken, compared with the library first",
     )
     parser.add_argument("--chunk-bytes", type=int, help="input done at once and lost by a restart (default by size)")
     return parser.parse_args()

@@ -20,10 +20,9 @@ from symbiotic.data.blocks import DOCUMENT_SCHEMA, StoredBlock, TypeCounts, row_
 from symbiotic.data.index_file import FORMAT_VERSION, HEADER, HEADER_BYTES, dtype_code
 from symbiotic.data.shards import file_entries, manifest_of, manifest_text, read_manifest, shard_path
 from symbiotic.errors import DataError
-from symbiotic.files import replacing, write_text
+from symbiotic.files import WRITE_BYTES, replacing, write_text
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
-_COPY_BYTES = 1 << 22
 _COPY_THREADS = 4
 
 
@@ -102,7 +101,7 @@ def _read(path: Path, offset: int, size: int) -> Iterator[bytes]:
     with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         while size:
-            data = file.read(min(size, _COPY_BYTES))
+            data = file.read(min(size, WRITE_BYTES))
             if not data:
                 raise DataError(f"{path}: the file ends too early; it was changed, start again")
             size -= len(data)

@@ -5,7 +5,6 @@ bytes whatever the number of processes and of restarts. At the end all files of 
 at once, with a manifest: a folder that is there is whole. ``OUTPUT.rejected.jsonl`` lists records that can't be used.
 """
 
-import importlib.metadata
 import logging
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 
 from symbiotic.data.chunked_run import ChunkedRun, Report, RunOptions, read_json
 from symbiotic.data.codecs import ImageCodec, load_codec
+from symbiotic.data.codecs.interface import package_versions
 from symbiotic.data.compressed_lines import COMPRESSIONS
 from symbiotic.data.formats import corpus_format
 from symbiotic.data.image_files import ImageRoot, read_image_list
@@ -271,20 +271,13 @@ def _fingerprint(
         "vocabulary": VocabularyLayout.load(settings.vocabulary).digest if settings.vocabulary else None,
         "image_root": str(settings.image_root) if settings.image_root else None,
         "fit": asdict(settings.fit) | {"sizes": [list(size) for size in settings.fit.sizes]},
-        "packages": {name: _version(name) for name in ("pillow", *codec.packages)},
+        "packages": package_versions(codec),
         "batch_size": settings.batch_size,
         "device": settings.device,
         "compression": settings.compression,
         "shard": [options.job.index, options.job.count],
         "chunk_bytes": chunk_bytes,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:  # as of a build in place
-        return None
 
 
 def _check_output(folder: Path) -> None:

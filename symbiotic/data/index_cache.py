@@ -14,8 +14,6 @@ there is no lock that a dead one could leave behind. Any file may be removed at 
 import hashlib
 import json
 import logging
-import os
-import secrets
 import struct
 import zlib
 from collections.abc import Callable, Mapping
@@ -24,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from symbiotic.files import fsync_folder
+from symbiotic.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -105,22 +103,12 @@ def _write(path: Path, digest: str, arrays: Arrays) -> None:
         place += _padded(values.nbytes)
     header = json.dumps({"key": digest, "bytes": place, "arrays": entries}, sort_keys=True).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Process ids are unique on one node only, and a cache may be shared by many.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(_HEAD.pack(MAGIC, len(header), zlib.crc32(header)) + header)
-            file.write(bytes(_padded(file.tell()) - file.tell()))
-            for values in contents.values():
-                values.tofile(file)
-                file.write(bytes(_padded(values.nbytes) - values.nbytes))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    fsync_folder(path.parent)
+    with replacing(path, many_nodes=True) as file:
+        file.write(_HEAD.pack(MAGIC, len(header), zlib.crc32(header)) + header)
+        file.write(bytes(_padded(file.tell()) - file.tell()))
+        for values in contents.values():
+            values.tofile(file)
+            file.write(bytes(_padded(values.nbytes) - values.nbytes))
 
 
 def _read(path: Path, digest: str) -> Arrays:

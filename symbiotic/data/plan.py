@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from symbiotic.data.codecs.interface import package_versions
 from symbiotic.data.encoding import DocumentEncoder
 from symbiotic.data.readers import Chunk, container_of
 from symbiotic.data.readers.jsonl import count_lines, first_lines
@@ -175,6 +176,7 @@ def fingerprint(
         "tokenizer": encoder.tokenizer.digest,
         "vocabulary": encoder.vocabulary.digest,
         "codec": encoder.codec.digest if encoder.codec else None,
+        "packages": package_versions(encoder.codec) if encoder.codec else {},
         "image_root": str(files.image_root) if files.image_root else None,
         "split": [list(share) for share in splits.shares],
         "shard": [job.index, job.count],

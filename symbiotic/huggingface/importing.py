@@ -81,7 +81,7 @@ class ImportRequest:
         bos, eod: for a checkpoint of Megatron's: its tokenizer's ids of begin of text and end of document, whose rows
             ours take; None draws them.
         seed: of everything that is drawn.
-        workers: threads that read experts; the checkpoint doesn't depend on their number.
+        workers: threads that read tensors; the checkpoint doesn't depend on their number.
     """
 
     source: Path
@@ -439,7 +439,7 @@ def _grouped(request: ImportRequest, tree: dict[str, Any], target: SymbioticConf
 def _stream(incoming: _Incoming, request: ImportRequest) -> Iterator[tuple[str, Tensor]]:
     """Checkpoint keys and whole tensors of everything but the folder's own experts."""
     source, model, layout = str(request.source), incoming.model, incoming.layout
-    stream: Iterator[tuple[str, Tensor]] = _plain_tensors(incoming)
+    stream: Iterator[tuple[str, Tensor]] = _plain_tensors(incoming, workers=request.workers)
     deviation = model.initializer_range
     normal = NormalStart(request.seed, deviation, deviation / math.sqrt(2 * model.num_hidden_layers))
     if incoming.extended:
@@ -458,11 +458,9 @@ def _stream(incoming: _Incoming, request: ImportRequest) -> Iterator[tuple[str, 
     return stream if shared is None else _with_shared_experts(stream, shared, normal=normal)
 
 
-def _plain_tensors(incoming: _Incoming) -> Iterator[tuple[str, Tensor]]:
-    for row in incoming.rows:
-        if row.expert is not None:
-            continue
-        tensor = incoming.read(row)
+def _plain_tensors(incoming: _Incoming, *, workers: int) -> Iterator[tuple[str, Tensor]]:
+    rows = [row for row in incoming.rows if row.expert is None]
+    for row, tensor in zip(rows, in_order(incoming.read, rows, workers=workers), strict=True):
         if row.megatron is not None:
             yield row.megatron, tensor if row.dtype is None else tensor.to(row.dtype)
 

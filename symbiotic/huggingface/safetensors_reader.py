@@ -1,8 +1,8 @@
 """Tensors of a Hugging Face folder, read one at a time, with what is missing or damaged named.
 
-Bytes are read, not mapped, so that the memory in use is one tensor. A folder of our own carries ``checksums.json``,
-the SHA-256 of each tensor's bytes; a folder without it can be checked for sizes and finite values only, since
-safetensors itself has no checksums.
+Each tensor is mapped by itself, so that the memory in use is one tensor. A folder of our own carries
+``checksums.json``, the SHA-256 of each tensor's bytes; a folder without it can be checked for sizes and finite values
+only, since safetensors itself has no checksums.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +96,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         place = self._places[name]
-        data = bytearray(math.prod(place.shape) * place.dtype.itemsize)
-        with open(place.path, "rb") as file:
-            file.seek(place.offset)
-            file.readinto(data)
+        data = _mapped(place)
         expected = self._checksums.get(name)
         if expected is not None and hashlib.sha256(data).hexdigest() != expected:
             raise CheckpointError(
@@ -109,6 +107,18 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         if expected is None and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{place.path}: tensor {name!r} holds values that are not finite; it is corrupted")
         return tensor.reshape(place.shape)
+
+
+def _mapped(place: _Place) -> memoryview:
+    """The bytes of a tensor, mapped for as long as they are used; a change of them stays in this process."""
+    size = math.prod(place.shape) * place.dtype.itemsize
+    if not size:
+        return memoryview(b"")
+    before = place.offset % mmap.ALLOCATIONGRANULARITY
+    with open(place.path, "rb") as file:
+        data = mmap.mmap(file.fileno(), before + size, offset=place.offset - before, access=mmap.ACCESS_COPY)
+    data.madvise(mmap.MADV_SEQUENTIAL)
+    return memoryview(data)[before:]
 
 
 def _json(path: Path) -> dict[str, Any]:

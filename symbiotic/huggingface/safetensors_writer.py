@@ -21,7 +21,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from symbiotic.files import write_json
+from symbiotic.files import WRITE_BYTES, write_json
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -115,8 +115,8 @@ class SafetensorsWriter:
         data = tensor_bytes(tensor.to(plan.dtype))
         self._checksums[name] = hashlib.sha256(data).hexdigest()
         written = 0
-        while written < len(data):  # the system writes less than 2 GiB at a time
-            written += os.pwrite(file.fileno(), data[written:], offset + written)
+        while written < len(data):
+            written += os.pwrite(file.fileno(), data[written : written + WRITE_BYTES], offset + written)
         self._missing.remove(name)
 
     def __exit__(

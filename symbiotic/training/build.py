@@ -31,6 +31,7 @@ from symbiotic.training.callbacks.routing import RoutingMetrics
 from symbiotic.training.callbacks.scalars import TensorBoard, WeightsAndBiases
 from symbiotic.training.checkpoint.manager import CheckpointManager
 from symbiotic.training.checkpoint.storage import CheckpointStore
+from symbiotic.training.checkpoint.waiting import patiently_on_rank_zero
 from symbiotic.training.chunks import build_chunks, wrap_chunks
 from symbiotic.training.data import held_out_sources, training_loader
 from symbiotic.training.optimizer import build_optimizer, count_by_role
@@ -70,7 +71,7 @@ def build_trainer(config: Config) -> Trainer:
     transformer = transformer_config(config)
     if config.data.cache is not None and torch.distributed.get_world_size() > 1:
         # One process scans the corpora; the others, and the validation loaders below, find what it wrote.
-        on_rank_zero(lambda: fill_cache(config, vocabulary=vocabulary))
+        patiently_on_rank_zero(lambda: fill_cache(config, vocabulary=vocabulary))
     dataset = build_training_dataset(config, vocabulary=vocabulary)
     step = _build_step(config, transformer=transformer, partition=partition, vocabulary=vocabulary)
     checkpoints = CheckpointManager(

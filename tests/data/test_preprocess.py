@@ -1,5 +1,6 @@
 import fcntl
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -307,7 +308,12 @@ def files_of(prefix: Path) -> list[Path]:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [("input", "another input"), ("chunk", "another chunk_bytes"), ("split", "another split")],
+    [
+        ("input", "another input"),
+        ("chunk", "another chunk_bytes"),
+        ("split", "another split"),
+        ("packages", r"another packages \(pillow .*, now 0\.9\)"),
+    ],
 )
 def test_parts_of_another_run_are_refused(corpus, files, tmp_path, monkeypatch, change, message):
     with monkeypatch.context() as patch:
@@ -319,6 +325,8 @@ def test_parts_of_another_run_are_refused(corpus, files, tmp_path, monkeypatch, 
         corpus[1].write_text(corpus[1].read_text())
     elif change == "chunk":
         options["chunk_bytes"] = 3001
+    elif change == "packages":
+        monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.9")
     else:
         options["splits"] = Splits.parse(["validation=0.1"])
     with pytest.raises(DataError, match=message):

@@ -28,9 +28,10 @@ def check(encoder: TextEncoder, tokenizer: Tokenizer, texts: list[str]) -> None:
     assert ids.tolist() == [one for text in expected for one in text]
 
 
-def test_batches_are_the_texts_one_after_the_other(tokenizer):
-    check(TextEncoder(tokenizer), tokenizer, TEXTS)
-    check(TextEncoder(tokenizer), tokenizer, [])
+@pytest.mark.parametrize("backend", ["sentencepiece", "sentencepiece_whole"])
+def test_batches_are_the_texts_one_after_the_other(tokenizer, backend):
+    check(TextEncoder(tokenizer, backend=backend), tokenizer, TEXTS)
+    check(TextEncoder(tokenizer, backend=backend), tokenizer, [])
 
 
 def fake_gigatoken(tokenizer: Tokenizer, *, wrong: str | None) -> SimpleNamespace:

@@ -93,4 +93,20 @@ CORPORA = [
         test="tests/data/test_loading.py::test_weights_by_temperature_by_hand",
         why="a high temperature drew the largest corpus only",
     ),
+    Mutation(
+        name="pieces-across-words-are-overlooked",
+        file="symbiotic/data/word_encoder.py",
+        old="        and not any(_ACROSS_WORDS.search(piece.piece) for piece in model.pieces)\n",
+        new="",
+        test="tests/data/test_word_encoder.py::test_a_piece_across_words_needs_the_whole_text",
+        why="a model with pieces of several words got other pieces than SentencePiece gives",
+    ),
+    Mutation(
+        name="the-first-word-lacks-its-prefix",
+        file="symbiotic/data/word_encoder.py",
+        old='" " if model.normalizer_spec.add_dummy_prefix else ""',
+        new='""',
+        test="tests/data/test_word_encoder.py::test_words_have_the_pieces_of_the_text[plain]",
+        why="the first word of a document had other pieces than the same word behind it",
+    ),
 ]

@@ -1,5 +1,6 @@
 """What preprocessing, evaluation and generation need of an image tokenizer."""
 
+import importlib.metadata
 from typing import Protocol
 
 import numpy as np
@@ -43,3 +44,15 @@ class ImageCodec(Protocol):
             DataError: a code is outside the codebook, or the codec can't decode.
         """
         ...
+
+
+def package_versions(codec: ImageCodec) -> dict[str, str | None]:
+    """Versions of what reads images and of what the codes depend on, by package; None for a build in place."""
+
+    def version(package: str) -> str | None:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in ("pillow", *codec.packages)}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from symbiotic.errors import CheckpointError
-from symbiotic.files import disk_error, fsync_folder, may_pass, sha256_of, write_json, write_text
+from symbiotic.files import PiecewiseFile, disk_error, fsync_folder, may_pass, sha256_of, write_json, write_text
 from symbiotic.strict_json import brief, misfit, parse_json
 
 MANIFEST_FILE = "manifest.json"
@@ -48,7 +48,7 @@ class DigestingFile(io.BufferedWriter):
     """A file whose SHA-256 is that of the bytes given to it, whatever becomes of them on the disk."""
 
     def __init__(self, path: str | os.PathLike) -> None:
-        super().__init__(io.FileIO(path, "w"))
+        super().__init__(PiecewiseFile(path))
         self._digest = hashlib.sha256()
         self._size = 0
 

@@ -10,9 +10,12 @@ Both speak Megatron's sharded keys (``decoder.layers.1.mlp.experts.experts.linea
 logical order on the first axis). What ``write_weights`` leaves behind is a checkpoint: a run can be started from it.
 """
 
+import contextlib
 import io
 import pickle
+from collections import deque
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -102,6 +105,10 @@ class Weights:
         stop = shape[0] if stop is None and shape else stop
         if shape:
             shape[0] = stop - start
+        offsets = [start] + [0] * (len(shape) - 1) if shape else []
+        for chunk in entry.chunks:
+            if list(chunk.sizes) == shape and list(chunk.offsets) == offsets:
+                return self._load_chunk(key, chunk)
         result = torch.empty(shape, dtype=entry.properties.dtype)
         filled = 0
         for chunk in entry.chunks:
@@ -152,15 +159,20 @@ class Weights:
                 return 0
             source[0] = slice(first - offsets[0], last - offsets[0])
             target[0] = slice(first - start, last - start)
+        result[tuple(target)] = self._load_chunk(key, chunk)[tuple(source)]
+        return result[tuple(target)].numel()
+
+    def _load_chunk(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
+        """A stored part as it stands in its file."""
         place = self._metadata.storage_data[MetadataIndex(key, chunk.offsets)]
         part = load_object(_slice_of(self.folder, place), file=self.folder / place.relative_path, key=key)
-        if not torch.is_tensor(part) or list(part.shape) != sizes or part.dtype != result.dtype:
+        dtype = self._tensor(key).properties.dtype
+        if not torch.is_tensor(part) or part.shape != chunk.sizes or part.dtype != dtype:
             raise CheckpointError(
-                f"{self.folder / place.relative_path}: the stored part of {key!r} is not the {result.dtype} tensor of "
-                f"shape {tuple(sizes)} that {METADATA_FILE} promises; the checkpoint is damaged, take another one"
+                f"{self.folder / place.relative_path}: the stored part of {key!r} is not the {dtype} tensor of shape "
+                f"{tuple(chunk.sizes)} that {METADATA_FILE} promises; the checkpoint is damaged, take another one"
             )
-        result[tuple(target)] = part[tuple(source)]
-        return result[tuple(target)].numel()
+        return part
 
     def _plain(self, name: str) -> dict[str, Any] | None:
         path = self.folder / name
@@ -220,7 +232,7 @@ def write_weights(
     config: Mapping[str, Any] | None = None,
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write a checkpoint of weights only, holding one tensor in memory at a time.
+    """Write a checkpoint of weights only, holding a few tensors in memory at a time.
 
     Args:
         folder: a path that doesn't exist yet.
@@ -239,9 +251,14 @@ def write_weights(
 
 
 class WeightsWriter:
-    """Writes a weights-only checkpoint part by part; the folder appears when the ``with`` block ends well."""
+    """Writes a weights-only checkpoint part by part; the folder appears when the ``with`` block ends well.
 
-    _FILE = "__0_0.distcp"
+    Parts go to two files in turn, each written by a thread of its own. At most two parts a file wait in memory; a part
+    must not change after it was added.
+    """
+
+    _FILES = ("__0_0.distcp", "__0_1.distcp")
+    _WAITING = 4
 
     def __init__(
         self,
@@ -258,14 +275,16 @@ class WeightsWriter:
         self._plain = {PARTITION_FILE: partition, PROVENANCE_FILE: provenance}
         self._config = config
         self._entries: dict[str, Any] = {}
-        self._places: dict[MetadataIndex, _StorageInfo] = {}
+        self._places: dict[MetadataIndex, _StorageInfo | None] = {}
 
     def __enter__(self) -> "WeightsWriter":
         if self.folder.exists():
             raise CheckpointError(f"{self.folder} exists already; name a new folder or remove it")
         manifests.remove_folder(self._temporary)
         self._temporary.mkdir(parents=True)
-        self._stream = manifests.DigestingFile(self._temporary / self._FILE)
+        self._streams = [manifests.DigestingFile(self._temporary / name) for name in self._FILES]
+        self._threads = [ThreadPoolExecutor(1, thread_name_prefix=name) for name in self._FILES]
+        self._waiting: deque[Future[None]] = deque()
         return self
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
@@ -292,27 +311,57 @@ class WeightsWriter:
                 f"{self.folder}: {key!r} at {offsets} was written before, or with another shape or dtype"
             )
         entry.chunks.append(chunk)
-        # clone() drops the storage around a view, which torch.save would write in whole.
-        self._places[index] = self._append(part.detach().to("cpu").clone(memory_format=torch.contiguous_format))
+        number = len(self._places) % len(self._FILES)
+        self._places[index] = None  # in the order of the parts, whatever the threads do
+        self._waiting.append(self._threads[number].submit(self._append_part, number, index, part))
+        while len(self._waiting) > self._WAITING:
+            self._waiting.popleft().result()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        try:
+            if kind is None:
+                self._write_rest()
+        except BaseException:
+            self._discard()
+            raise
         if kind is not None:
-            self._stream.close()
-            manifests.remove_folder(self._temporary)
-            return
+            self._discard()
+
+    def _write_rest(self) -> None:
+        """Write what waits, the common state, and all that describes them."""
+        while self._waiting:
+            self._waiting.popleft().result()
+        self._entries[COMMON_STATE_KEY] = BytesStorageMetadata()
+        self._append(0, MetadataIndex(COMMON_STATE_KEY), [self._common])
         with manifests.reporting_disk_errors(self.folder):
-            self._entries[COMMON_STATE_KEY] = BytesStorageMetadata()
-            self._places[MetadataIndex(COMMON_STATE_KEY)] = self._append([self._common])
-            self._stream.close()
+            for thread, stream in zip(self._threads, self._streams, strict=True):
+                thread.shutdown()
+                stream.close()
             self._finish()
 
-    def _append(self, value: Any) -> _StorageInfo:
-        offset = self._stream.tell()
+    def _discard(self) -> None:
+        for thread, stream in zip(self._threads, self._streams, strict=True):
+            thread.shutdown(cancel_futures=True)
+            with contextlib.suppress(OSError):
+                stream.close()
+        manifests.remove_folder(self._temporary)
+
+    def _append_part(self, number: int, index: MetadataIndex, part: torch.Tensor) -> None:
+        part = part.detach().to("cpu")
+        if not part.is_contiguous() or part.untyped_storage().nbytes() != part.nbytes:
+            # torch.save would write the storage around a view in whole.
+            part = part.clone(memory_format=torch.contiguous_format)
+        self._append(number, index, part)
+
+    def _append(self, number: int, index: MetadataIndex, value: Any) -> None:
+        """Write a value behind what a file holds, and note its place."""
+        stream = self._streams[number]
+        offset = stream.tell()
         with manifests.reporting_disk_errors(self.folder):
-            torch.save(value, self._stream)
-        return _StorageInfo(self._FILE, offset, self._stream.tell() - offset)
+            torch.save(value, stream)
+        self._places[index] = _StorageInfo(self._FILES[number], offset, stream.tell() - offset)
 
     def _finish(self) -> None:
         """Write everything that describes the tensors, then give the folder its name."""
@@ -325,6 +374,8 @@ class WeightsWriter:
                 write_json(self._temporary / name, table)
         if self._config is not None:
             write_text(self._temporary / CONFIG_FILE, dump_yaml(dict(self._config)))
-        files = manifests.digest_files(self._temporary, known={self._FILE: self._stream.entry})
+        files = manifests.digest_files(
+            self._temporary, known=dict(zip(self._FILES, (stream.entry for stream in self._streams), strict=True))
+        )
         manifests.write_manifest(self._temporary, files, kind="weights", step=0)
         manifests.publish(self._temporary, self.folder)
