@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from symbiotic.command_line import experts_of_groups, resolution
+from symbiotic.command_line import experts_of_groups, importing, resolution
 from symbiotic.errors import CheckpointError, ConfigError, exits_on_user_error
 from symbiotic.files import write_json
 from symbiotic.huggingface.ordered_threads import DEFAULT_WORKERS
@@ -116,9 +116,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Write the folder, then compare."""
-    from symbiotic.huggingface.export import export_checkpoint
-    from symbiotic.huggingface.source import open_source
-    from symbiotic.huggingface.stock_export import export_understanding
+    with importing():
+        from symbiotic.huggingface.export import export_checkpoint
+        from symbiotic.huggingface.source import open_source
+        from symbiotic.huggingface.stock_export import export_understanding
 
     source = open_source(options.checkpoint, config=options.config, vocabulary=options.vocabulary)
     if options.shard_gb <= 0:
@@ -186,7 +187,8 @@ def verify(options: argparse.Namespace) -> int:
 
 def import_(options: argparse.Namespace) -> int:
     """Write a checkpoint to train on."""
-    from symbiotic.huggingface.importing import ImportRequest, import_folder
+    with importing():
+        from symbiotic.huggingface.importing import ImportRequest, import_folder
 
     request = ImportRequest(
         source=options.folder,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from symbiotic.errors import CheckpointError
 from symbiotic.huggingface.homes import (
@@ -78,6 +78,8 @@ def read_stock(folder: Path | str) -> tuple[Home, SymbioticConfig]:
     if model_type not in STOCK_HOMES:
         reason = REFUSED_TYPES.get(model_type, f"known are {', '.join(STOCK_HOMES)} and our own export, symbiotic")
         raise CheckpointError(f"{folder}: a model of type {model_type!r} can't be imported: {reason}")
+    from transformers import AutoConfig  # takes a quarter of a second, which only stock folders need
+
     config = AutoConfig.from_pretrained(folder)
     reasons = _common_obstacles(config)
     settings = _READERS[model_type](config, reasons)

@@ -253,12 +253,12 @@ def write_weights(
 class WeightsWriter:
     """Writes a weights-only checkpoint part by part; the folder appears when the ``with`` block ends well.
 
-    Parts go to two files in turn, each written by a thread of its own. At most two parts a file wait in memory; a part
+    Parts go to two files in turn, each written by a thread of its own. At most `_WAITING` parts wait in memory; a part
     must not change after it was added.
     """
 
     _FILES = ("__0_0.distcp", "__0_1.distcp")
-    _WAITING = 4
+    _WAITING = 2 * len(_FILES)
 
     def __init__(
         self,
