@@ -18,8 +18,8 @@ by the call of preprocessing, from the moment when all hold model and texts. The
 whole texts, and the share of it is what preprocessing with ``sentencepiece_whole`` reaches; row ``.sentencepiece`` says
 the same of words. The ratio of a round is taken before the median. The first round only warms up.
 
-The corpus repeats the paragraphs of the standard library's documentation in documents of about 2.7 kB. It has fewer
-different words than the web, so what remembers words, as ``sentencepiece`` and gigatoken do, gains more here.
+The corpus is the Python source of the installed packages: code and English prose, nearly every document once, so that
+new words keep coming as in a corpus of the web (``sentencepiece`` and gigatoken remember words).
 
 Writes the rows ``data.*``, those of `benchmarks.bench_loading` among them, as JSON and as a dated table.
 """
@@ -32,13 +32,13 @@ import random
 import signal
 import statistics
 import sys
+import sysconfig
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from pydoc_data.topics import topics
 
 import numpy as np
 import sentencepiece
@@ -58,8 +58,10 @@ from symbiotic.tokens.vocabulary import VocabularyLayout
 ROOT = Path(__file__).parents[1]
 TOOL = ROOT / "tools" / "preprocess_data.py"
 ROUNDS, WORKERS = 5, 2
-PARAGRAPHS = 28
-"""A document has 1 to so many paragraphs."""
+DOCUMENT_BYTES = range(200, 100_000)
+"""Longer files are mostly tables."""
+TRAINING_BYTES = 4_000_000
+"""The tokenizer is trained on so much of the corpus."""
 SIZES = {"megabytes": 100.0, "pieces": 8000, "chunks_mb": (1, 64)}
 SMOKE_SIZES = {"megabytes": 0.3, "pieces": 500, "chunks_mb": (1,)}
 EOD_PIECE = "</s>"
@@ -151,20 +153,27 @@ class Corpus:
 
 
 def write_corpus(folder: Path, *, megabytes: float, pieces: int) -> Corpus:
-    """Write a corpus of so many MB, and train the model that both tools use on its prose."""
-    prose = "\n\n".join(topics[name] for name in sorted(topics))
-    paragraphs = [paragraph for paragraph in prose.split("\n\n") if paragraph.strip()]
+    """Write a corpus of so many MB, and train the model that both tools use on its beginning.
+
+    Raises:
+        SystemExit: the installed packages hold less.
+    """
+    documents: list[str] = []
+    size = 0
     with open(folder / "all.jsonl", "w", encoding="utf-8") as file:
-        size = 0
-        for line in _lines(paragraphs):
-            size += file.write(line)
+        for text in sources():
+            size += file.write(json.dumps({"text": text}) + "\n")
+            if size <= TRAINING_BYTES or not documents:
+                documents.append(text)
             if size >= megabytes * 1e6:
                 break
+        else:
+            raise SystemExit(f"the installed packages hold {size / 1e6:.0f} MB of source; install the project whole")
     content = (folder / "all.jsonl").read_bytes()
     (folder / "few.jsonl").write_bytes(b"".join(content.splitlines(keepends=True)[:20]))
     with open(folder / "tokenizer.model", "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(paragraphs), model_writer=file, vocab_size=pieces, **TRAINING_OPTIONS
+            sentence_iterator=iter(documents), model_writer=file, vocab_size=pieces, **TRAINING_OPTIONS
         )
     # Megatron's tool takes the end of a document from the model; ours has it in the layout, behind the pieces.
     model = ModelProto.FromString((folder / "tokenizer.model").read_bytes())
@@ -179,13 +188,14 @@ def write_corpus(folder: Path, *, megabytes: float, pieces: int) -> Corpus:
     return Corpus(folder=folder, num_bytes=len(content))
 
 
-def _lines(paragraphs: Sequence[str]) -> Iterator[str]:
-    """Documents of some paragraphs each, no two the same, as JSON lines without end."""
-    draw, number = random.Random(0), 0
-    while True:
-        chosen = draw.choices(paragraphs, k=draw.randint(1, PARAGRAPHS))
-        yield json.dumps({"text": "\n\n".join([f"Page {number}", *chosen])}) + "\n"
-        number += 1
+def sources() -> Iterator[str]:
+    """The Python files of the installed packages, in an order that mixes the packages."""
+    paths = sorted(Path(sysconfig.get_paths()["purelib"]).rglob("*.py"))
+    random.Random(0).shuffle(paths)
+    for path in paths:
+        content = path.read_bytes()
+        if len(content) in DOCUMENT_BYTES:
+            yield content.decode("utf-8", errors="replace")
 
 
 class Comparison:

@@ -10,10 +10,11 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from symbiotic.data import word_encoder
 from symbiotic.data.text_encoding import probe_texts
-from symbiotic.data.word_encoder import SPACE, WordEncoder, splits_at_words
+from symbiotic.data.word_encoder import SPACE, WordEncoder, splits_at_words, words_of
 from symbiotic.tokens.tokenizer import TRAINING_OPTIONS, Tokenizer
 
 PROSE = ["draw and read  seven pictures\n\n    of the same kind, then draw them again " * 20]
+CODE = ["x1 = f(x2); y1 = f(y2)\n" * 20]
 EDGES = ["", " ", "  ", "a", " a", "a ", SPACE, f"a{SPACE}b", f"{SPACE} {SPACE}a", "\n \n", "a\x00 b", "中文 中文"]
 
 
@@ -21,7 +22,7 @@ def train(folder: Path, **options: object) -> Tokenizer:
     path = folder / "tokenizer.model"
     with open(path, "wb") as file:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(PROSE), model_writer=file, **TRAINING_OPTIONS | {"vocab_size": 290} | options
+            sentence_iterator=iter(PROSE + CODE), model_writer=file, **TRAINING_OPTIONS | {"vocab_size": 310} | options
         )
     return Tokenizer(path)
 
@@ -44,8 +45,9 @@ def check(encoder: WordEncoder, tokenizer: Tokenizer, texts: list[str]) -> None:
         {"user_defined_symbols": [f"{SPACE}{SPACE}{SPACE}", "ea", "<x>"]},
         {"control_symbols": ["<c>"]},
         {"split_digits": False},
+        {"split_by_number": False, "split_digits": False, "split_by_unicode_script": False},
     ],
-    ids=["plain", "no-prefix", "user-defined", "controls", "digits"],
+    ids=["plain", "no-prefix", "user-defined", "controls", "digits", "mixed"],
 )
 def test_words_have_the_pieces_of_the_text(tmp_path, options):
     tokenizer = train(tmp_path, **options)
@@ -64,14 +66,43 @@ def test_a_piece_across_words_needs_the_whole_text(tmp_path):
     tokenizer = train(tmp_path, split_by_whitespace=False, vocab_size=320)
     assert any(SPACE in piece.piece.lstrip(SPACE) for piece in model_of(tokenizer).pieces)
     assert WordEncoder.of(tokenizer) is None
-    split = WordEncoder(model_of(tokenizer))(PROSE)[0]
+    split = WordEncoder(tokenizer, model_of(tokenizer))(PROSE)[0]
     assert split.tolist() != tokenizer.encode(PROSE[0]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, [" x", "1", " =", "  f", "(中.", "y", "22", ");", "  "]),
+        ({"control_symbols": ["<c>"]}, [" x", "1", " =", "  f", "(中.", "y", "22", ");", "  "]),
+        ({"user_defined_symbols": ["<x>"]}, [" x1", " =", "  f(中.y22);", "  "]),
+        ({"split_by_unicode_script": False}, [" x1", " =", "  f(中.y22);", "  "]),
+        ({"split_by_number": False, "split_digits": False}, [" x1", " =", "  f(中.y22);", "  "]),
+    ],
+    ids=["plain", "controls", "user-defined", "scripts", "numbers"],
+)
+def test_words_are_as_short_as_the_pieces_allow(tmp_path, options, words):
+    assert words_of(model_of(train(tmp_path, **options))).findall(" x1 =  f(中.y22);  ") == words
+
+
+def test_texts_of_new_words_go_to_the_library_whole_but_for_some(tmp_path, monkeypatch):
+    tokenizer = train(tmp_path)
+    encoder = WordEncoder.of(tokenizer)
+    draw = random.Random(0)
+    texts = ["".join(draw.choices("abcdefgh ", k=200)) for _ in range(20)]
+    whole: list[str] = []
+    library = tokenizer.encode_batch
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: whole.extend(texts) or library(texts))
+    check(encoder, tokenizer, texts)
+    assert whole == [text for number, text in enumerate(texts) if number % word_encoder.LEARN_EVERY]
+    check(encoder, tokenizer, texts[:1])
+    assert len(whole) == 17
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"model_type": "unigram", "vocab_size": 285},
+        {"model_type": "unigram", "vocab_size": 290},
         {"byte_fallback": False, "vocab_size": 40},
         {"normalization_rule_name": "nmt_nfkc"},
         {"remove_extra_whitespaces": True},

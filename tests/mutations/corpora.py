@@ -102,6 +102,14 @@ CORPORA = [
         why="a model with pieces of several words got other pieces than SentencePiece gives",
     ),
     Mutation(
+        name="pieces-of-several-kinds-are-cut",
+        file="symbiotic/data/word_encoder.py",
+        old='" *[^ ]+| +" if mixed else ',
+        new="",
+        test="tests/data/test_word_encoder.py::test_words_have_the_pieces_of_the_text[mixed]",
+        why="a model with pieces of letters and digits got other pieces than SentencePiece gives",
+    ),
+    Mutation(
         name="the-first-word-lacks-its-prefix",
         file="symbiotic/data/word_encoder.py",
         old='" " if model.normalizer_spec.add_dummy_prefix else ""',
