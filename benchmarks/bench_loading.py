@@ -4,7 +4,8 @@ The rows belong to ``python -m benchmarks.bench_data``. A synthetic corpus of 10
 shards (random ids, a tenth of the shards with images) is written through the shard writer. Each figure comes from a
 process of its own, whose peak memory is the high-water mark of its resident size, set back after the imports; pages
 of mapped files count while they are mapped. "Cold" is a start without index cache, "warm" one that finds it; the
-files themselves are in the page cache both times.
+files themselves are in the page cache both times. A step waited if no step that was read ahead was there when it was
+asked for; how long it then took to hand over what was there is said beside.
 """
 
 import json
@@ -71,6 +72,8 @@ def measure(folder: Path, *, smoke: bool, console: Console) -> list[Row]:
     rows.append(Row("data.sample_pieces.4k", found["pieces"], "pieces", n=sizes["samples"]))
     found = _child("consume", folder=folder, steps=sizes["steps"])
     rows.append(Row("data.steps_that_waited.50k_tokens_per_second", found["waited"], "share", n=sizes["steps"]))
+    for name in ("median_ms", "longest_ms"):
+        rows.append(Row(f"data.step_hand_over.{name}", found[name], "ms", n=sizes["steps"]))
     rows.append(Row("data.read_ceiling.two_workers", found["ceiling"], "tokens/s", n=sizes["steps"]))
     shutil.rmtree(folder / "large")
     write_many(folder / "many", count=sizes["many"])
@@ -220,13 +223,14 @@ def _consume(folder: Path, *, steps: int) -> dict[str, float]:
     batches = BatchIterator(blend, micro_batch_size=1, global_batch_size=samples, workers=WORKERS)
     for step in range(WORKERS):  # each worker starts, and checks the shards of its first step
         batches.microbatches(step)
-    waited, step_tokens = 0, samples * SEQUENCE_LENGTH
+    waited, hand_overs, step_tokens = 0, [], samples * SEQUENCE_LENGTH
     first, last = WORKERS, WORKERS + steps
     for step in range(first, last):
         time.sleep(step_tokens / CONSUMED_PER_SECOND)
+        waited += not batches.steps_ready
         started = time.perf_counter()
         batches.microbatches(step)
-        waited += time.perf_counter() - started > 0.001
+        hand_overs.append(time.perf_counter() - started)
     for step in range(last, last + 8):  # what was read ahead
         batches.microbatches(step)
     started = time.perf_counter()
@@ -234,7 +238,12 @@ def _consume(folder: Path, *, steps: int) -> dict[str, float]:
         batches.microbatches(step)
     ceiling = steps * step_tokens / (time.perf_counter() - started)
     batches.close()
-    return {"waited": waited / steps, "ceiling": ceiling}
+    return {
+        "waited": waited / steps,
+        "median_ms": statistics.median(hand_overs) * 1e3,
+        "longest_ms": max(hand_overs) * 1e3,
+        "ceiling": ceiling,
+    }
 
 
 def _many(folder: Path, *, samples: int) -> dict[str, float]:

@@ -112,6 +112,11 @@ class BatchIterator:
         """Microbatches of this rank in a step."""
         return self._global_batch_size // (self._micro_batch_size * self._size)
 
+    @property
+    def steps_ready(self) -> int:
+        """Steps that workers have read ahead and that can be taken at once."""
+        return 0 if self._ahead is None else self._ahead.ready
+
     def sample_indices(self, step: int) -> list[range]:
         """Samples of each microbatch of this rank."""
         first, size = step * self._global_batch_size, self._micro_batch_size
@@ -181,6 +186,11 @@ class _ReadAhead:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._receive, args=(steps,), name="data-steps", daemon=True)
         self._thread.start()
+
+    @property
+    def ready(self) -> int:
+        """Steps that :meth:`take` gives without waiting."""
+        return self._ready.qsize()
 
     def take(self) -> list[dict[str, torch.Tensor]]:
         """The microbatches of the next step; raises what a worker has failed with."""

@@ -1,5 +1,8 @@
 """Microbatches for any data-parallel size."""
 
+import multiprocessing
+import time
+
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from symbiotic.errors import ConfigError, DataError
 from tests.data.corpora import Image, Text, make_vocabulary, write_shard
 
 VOCABULARY = make_vocabulary()
+GLOBAL_BATCH_SIZE = 12
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +40,7 @@ def batches(dataset, *, rank=0, size=1, workers=0) -> BatchIterator:
     return BatchIterator(
         dataset,
         micro_batch_size=2,
-        global_batch_size=12,
+        global_batch_size=GLOBAL_BATCH_SIZE,
         data_parallel_rank=rank,
         data_parallel_size=size,
         workers=workers,
@@ -92,6 +96,35 @@ def test_background_workers_read_the_same(blend):
             assert_equal(mine, expected)
     ahead.close()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Held:
+    """A corpus of which no sample from some index on is read before it may be."""
+
+    def __init__(self, dataset, start: int) -> None:
+        self._dataset, self._start = dataset, start
+        self.may_go_on = multiprocessing.get_context("fork").Event()
+
+    def sample(self, index: int):
+        assert index < self._start or self.may_go_on.wait(60)
+        return self._dataset.sample(index)
+
+
+def test_steps_that_are_ready_are_those_that_workers_have_read(blend):
+    dataset = Held(blend, start=2 * GLOBAL_BATCH_SIZE)
+    ahead = batches(dataset, workers=2)
+    assert ahead.steps_ready == 0
+    for step in (0, 1):
+        ahead.microbatches(step)
+    assert ahead.steps_ready == 0
+    dataset.may_go_on.set()
+    ahead.microbatches(2)
+    deadline = time.monotonic() + 60
+    while not ahead.steps_ready:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ahead.close()
+    assert ahead.steps_ready == 0
 
 
 class Torn:
