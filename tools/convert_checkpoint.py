@@ -27,6 +27,10 @@ from symbiotic.huggingface.ordered_threads import DEFAULT_WORKERS
 
 DEFAULT_SHARD_GIGABYTES = 5.0
 
+AT_LEAST_ONE = (
+    "workers", "documents", "codebook_size", "multiple", "shared_expert", "upcycle", "topk", "sequence_length",
+)  # fmt: skip
+
 LONGEST_ROW = 1024
 """Tokens of a row to compare on: enough for every kind of token, and Megatron's mask is a dense one on the CPU."""
 
@@ -68,9 +72,32 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     verify.add_argument("output", type=Path, metavar="folder", help="the exported folder")
     _add_comparison(verify)
     options = parser.parse_args(arguments)
-    if getattr(options, "workers", 1) < 1:
-        raise ConfigError(f"--workers {options.workers}: give at least 1 thread")
+    check_options(options)
     return options
+
+
+def check_options(options: argparse.Namespace) -> None:
+    """Refuse numbers that mean nothing, a report that has no place, and options that would do nothing.
+
+    Raises:
+        ConfigError: naming the option.
+    """
+    for name in AT_LEAST_ONE:
+        value = getattr(options, name, None)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: give at least 1, or leave the option out")
+    if getattr(options, "seed", 0) < 0:
+        raise ConfigError(f"--seed {options.seed}: give 0 or more")
+    if not getattr(options, "shard_gb", 1.0) > 0:
+        raise ConfigError(f"--shard-gb {options.shard_gb:g} is no size; give a positive number of gigabytes")
+    report = getattr(options, "report", None)
+    if report is not None and (report.is_dir() or not report.parent.is_dir()):
+        raise ConfigError(f"--report {report}: give a file in a folder that exists")
+    comparison = [name for name in ("report", "tolerance", "data") if getattr(options, name, None)]
+    if comparison and getattr(options, "no_verify", False):
+        raise ConfigError(f"--{comparison[0]} has no use beside --no-verify; leave one of them out")
+    if comparison and getattr(options, "dtype", None) is not None and options.tolerance is None:
+        raise ConfigError(f"--{comparison[0]}: --dtype {options.dtype} may round the weights; give a --tolerance too")
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -117,13 +144,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def export(options: argparse.Namespace) -> int:
     """Write the folder, then compare."""
     with importing():
+        from symbiotic.data.shards import Shard
         from symbiotic.huggingface.export import export_checkpoint
         from symbiotic.huggingface.source import open_source
         from symbiotic.huggingface.stock_export import export_understanding
 
     source = open_source(options.checkpoint, config=options.config, vocabulary=options.vocabulary)
-    if options.shard_gb <= 0:
-        raise CheckpointError(f"--shard-gb {options.shard_gb:g} is no size; give a positive number of gigabytes")
+    for prefix in options.data:
+        Shard.open(prefix, vocabulary=source.vocabulary)
     settings = {
         "tokenizer": options.tokenizer,
         "dtype": options.dtype,
@@ -190,13 +218,16 @@ def import_(options: argparse.Namespace) -> int:
     with importing():
         from symbiotic.huggingface.importing import ImportRequest, import_folder
 
+    resolutions = [resolution(text) for text in options.resolution]
+    if (options.codebook_size is None) == bool(resolutions):
+        raise ConfigError("--codebook-size and --resolution describe images together; give both or neither")
     request = ImportRequest(
         source=options.folder,
         output=options.output,
         config=options.config,
         vocabulary=options.vocabulary,
         codebook_size=options.codebook_size,
-        resolutions=[resolution(text) for text in options.resolution],
+        resolutions=resolutions,
         multiple=options.multiple,
         groups=experts_of_groups(options.groups),
         shared_expert=options.shared_expert,

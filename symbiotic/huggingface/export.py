@@ -8,9 +8,7 @@ tokenizer, the image codec and a model card. It is written under another name, f
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -23,12 +21,13 @@ import transformers
 
 from symbiotic.data.codecs import load_codec
 from symbiotic.errors import CheckpointError, DataError
-from symbiotic.files import fsync_folder, write_json, write_text
+from symbiotic.files import write_json, write_text
 from symbiotic.huggingface.architecture import huggingface_config
 from symbiotic.huggingface.mapping import Row, check_shape, mapping_table
 from symbiotic.huggingface.model_card import model_card
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
 from symbiotic.huggingface.ordered_threads import DEFAULT_WORKERS, in_order
+from symbiotic.huggingface.output_folder import check_output, written_at_once
 from symbiotic.huggingface.safetensors_writer import SafetensorsWriter, TensorPlan
 from symbiotic.huggingface.source import Source
 from symbiotic.huggingface.tokenizer import write_tokenizer
@@ -110,7 +109,8 @@ def export_checkpoint(
         CheckpointError, ConfigError, DataError: nothing was written.
     """
     output = Path(output)
-    check_request(output, dtype=dtype)
+    check_dtype(dtype)
+    check_output(output, source=source.folder)
     template = read_chat_template(chat_template)
     model = huggingface_config(
         source.config,
@@ -146,12 +146,10 @@ def export_checkpoint(
     return output
 
 
-def check_request(output: Path, *, dtype: str | None) -> None:
-    """Refuse an output folder that holds something, and an unknown dtype (CheckpointError)."""
+def check_dtype(dtype: str | None) -> None:
+    """Refuse an unknown dtype (CheckpointError)."""
     if dtype is not None and dtype not in EXPORT_DTYPES:
         raise CheckpointError(f"--dtype {dtype} is not a dtype to export; use one of {', '.join(EXPORT_DTYPES)}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise CheckpointError(f"{output} exists already; name a new folder or remove it")
 
 
 def read_chat_template(path: Path | str | None) -> str:
@@ -327,28 +325,3 @@ def write_generation_config(folder: Path, model: SymbioticConfig, *, suppressed:
     if suppressed:
         tree["suppress_tokens"] = list(suppressed)
     write_json(folder / "generation_config.json", tree | {"transformers_version": transformers.__version__})
-
-
-@contextlib.contextmanager
-def written_at_once(output: Path) -> Iterator[Path]:
-    """A folder beside ``output`` that gets its name when the block ends well, every file flushed."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        for path in [*temporary.rglob("*"), temporary]:
-            if path.is_dir():
-                fsync_folder(path)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    fsync_folder(output.parent)

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from symbiotic.config import Config, config_from_tree, layer_pattern, load_config
@@ -28,12 +27,14 @@ from symbiotic.config.yaml_tree import dump_yaml
 from symbiotic.errors import CheckpointError, ConfigError
 from symbiotic.files import sha256_of, write_text
 from symbiotic.huggingface.architecture import SETTINGS, huggingface_config, training_tree
-from symbiotic.huggingface.export import CODEC_FOLDER, TRAINING_FOLDER, written_at_once
+from symbiotic.huggingface.export import CODEC_FOLDER, TRAINING_FOLDER
+from symbiotic.huggingface.folder_names import check_folder
 from symbiotic.huggingface.homes import SYMBIOTIC, Home
-from symbiotic.huggingface.mapping import Row, check_shape, mapping_table
+from symbiotic.huggingface.mapping import Row, mapping_table
 from symbiotic.huggingface.megatron_folder import MegatronFolder, is_megatron_folder
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
 from symbiotic.huggingface.ordered_threads import DEFAULT_WORKERS, in_order
+from symbiotic.huggingface.output_folder import check_output, written_at_once
 from symbiotic.huggingface.safetensors_reader import SafetensorsFolder
 from symbiotic.huggingface.stock import model_type_of, read_stock
 from symbiotic.huggingface.vocabulary_rows import VOCABULARY_KEYS, extend_vocabulary, source_rows
@@ -53,13 +54,6 @@ LAID_OUT_HERE = ("codebook_size", "resolutions", "multiple")
 """Settings of a vocabulary that the import lays out itself."""
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 ROUTER_KEY = re.compile(r"(decoder\.layers\.\d+\.mlp\.)router\.weight")
-
-MULTI_TOKEN = "multi-token prediction"
-LEFT_OUT = (
-    (re.compile(r"model\.mtp_.*"), MULTI_TOKEN),
-    (re.compile(r".*\.rotary_emb\.inv_freq"), "tables of the rotary embedding"),
-)
-"""Tensors of published folders that are no part of the model's forward pass, and what they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +106,7 @@ def import_folder(request: ImportRequest) -> Path:
         CheckpointError, ConfigError, DataError: nothing was written; a tensor that is missing, left over, misshaped
             or corrupted is named.
     """
-    if request.output.exists() and (not request.output.is_dir() or any(request.output.iterdir())):
-        raise CheckpointError(f"{request.output} exists already; name a new folder or remove it")
+    check_output(request.output, source=request.source)
     incoming = _open_megatron(request) if is_megatron_folder(request.source) else _open_huggingface(request)
     config, partition = incoming.config, incoming.partition
     origin = _origin(request.source)
@@ -285,49 +278,6 @@ def _read_model(request: ImportRequest) -> tuple[Home, SymbioticConfig]:
         return SYMBIOTIC, SymbioticConfig(**{name: tree[name] for name in SETTINGS if name in tree})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{request.source / 'config.json'}: {error}; export the checkpoint again") from error
-
-
-def check_folder(rows: Sequence[Row], tensors: SafetensorsFolder, model: SymbioticConfig) -> None:
-    """Compare the table with the names and shapes in a folder, before anything is read.
-
-    Raises:
-        CheckpointError: naming the first tensor that is missing, left over or of another shape.
-    """
-    source = str(tensors.folder)
-    expected = {}
-    for row in rows:
-        expected |= dict(zip(row.huggingface, row.layout.huggingface_shapes, strict=True))
-    for name, shape in expected.items():
-        if name not in tensors:
-            raise CheckpointError(
-                f"{source}: tensor {name!r} is missing; the folder is incomplete or of another model than its config"
-            )
-        check_shape(tensors.shape(name), shape, name=name, source=source)
-    extra = sorted(set(tensors) - set(expected))
-    reasons = {name: _left_out(name, tensors, model) for name in extra}
-    unknown = [name for name in extra if reasons[name] is None]
-    if unknown:
-        raise CheckpointError(
-            f"{source}: tensor {unknown[0]!r} has no place in the model that config.json describes ({len(unknown)} "
-            "such); weights and configuration belong to different models"
-        )
-    for reason in dict.fromkeys(reasons[name] for name in extra):
-        names = [name for name in extra if reasons[name] == reason]
-        log.info("%s: %d tensors are left out (%s), such as %s", source, len(names), reason, names[0])
-
-
-def _left_out(name: str, tensors: SafetensorsFolder, model: SymbioticConfig) -> str | None:
-    """Why a tensor that the table lacks is superfluous; None where nothing says that it is."""
-    if name == "lm_head.weight":
-        tied = model.tie_word_embeddings and torch.equal(tensors[name], tensors["model.embed_tokens.weight"])
-        return "the tied embedding once more" if tied else None
-    layer = re.match(r"model\.layers\.(\d+)\.", name)
-    if layer and int(layer[1]) >= model.num_hidden_layers:
-        # GLM stores its multi-token prediction as further layers, and says how many.
-        tree = json.loads((tensors.folder / "config.json").read_text(encoding="utf-8"))
-        further = max(tree.get(key) or 0 for key in ("num_mtp_layers", "num_nextn_predict_layers"))
-        return MULTI_TOKEN if int(layer[1]) < model.num_hidden_layers + further else None
-    return next((reason for pattern, reason in LEFT_OUT if pattern.fullmatch(name)), None)
 
 
 def _vocabulary(request: ImportRequest, home: Home, model: SymbioticConfig) -> VocabularyLayout:

@@ -8,19 +8,18 @@ only, since safetensors itself has no checksums.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from symbiotic.errors import CheckpointError
 from symbiotic.huggingface.safetensors_writer import CHECKSUM_FILE, DTYPE_NAMES, INDEX_FILE, SINGLE_FILE
+from symbiotic.strict_json import misfit, parse_json
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -65,17 +64,30 @@ class SafetensorsFolder(Mapping[str, Tensor]):
                 "fetch the folder again"
             )
         path = self.folder / CHECKSUM_FILE
-        self._checksums: dict[str, str] = _json(path)["tensors"] if checksums and path.is_file() else {}
+        self._checksums = self._read_checksums(path) if checksums and path.is_file() else {}
 
     def _index(self) -> dict[str, str] | None:
-        path = self.folder / INDEX_FILE
+        path, single = self.folder / INDEX_FILE, self.folder / SINGLE_FILE
+        if path.is_file() and single.is_file():
+            raise CheckpointError(
+                f"{path} and {single} are both there, and readers differ in which they take; remove the older one"
+            )
         if path.is_file():
-            return _json(path)["weight_map"]
-        if not (self.folder / SINGLE_FILE).is_file():
+            return _read_tree(path, key="weight_map")
+        if not single.is_file():
             raise CheckpointError(
                 f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder with safetensors weights"
             )
         return None
+
+    def _read_checksums(self, path: Path) -> dict[str, str]:
+        checksums = _read_tree(path, key="tensors")
+        if different := sorted(set(checksums) ^ set(self._places)):
+            raise CheckpointError(
+                f"{path} doesn't have the folder's tensors: {different[0]!r} is in one of them only; fetch the folder "
+                "again"
+            )
+        return checksums
 
     def __iter__(self) -> Iterator[str]:
         return iter(sorted(self._places))
@@ -121,11 +133,16 @@ def _mapped(place: _Place) -> memoryview:
     return memoryview(data)[before:]
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read_tree(path: Path, *, key: str) -> dict[str, str]:
+    """The object from names to texts under a key of a JSON file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path.read_bytes())
+        fault = misfit({key: tree[key]} if isinstance(tree, dict) and key in tree else tree, {key: {str: str}})
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read ({error}); fetch the folder again") from error
+    if fault:
+        raise CheckpointError(f"{path}: {fault}; fetch the folder again")
+    return tree[key]
 
 
 def _read_header(path: Path) -> dict[str, _Place]:
@@ -140,7 +157,10 @@ def _read_header(path: Path) -> dict[str, _Place]:
             size = path.stat().st_size
             if length > size:
                 raise ValueError(f"its header would have {length} bytes, the file has {size}")
-            entries = json.loads(file.read(length))
+            entries = parse_json(file.read(length))
+        fault = misfit(entries, {str: dict})
+        if fault:
+            raise ValueError(fault)
     except OSError as error:
         raise CheckpointError(f"{path} can't be read ({error.strerror}); fetch the folder again") from error
     except ValueError as error:
@@ -149,11 +169,17 @@ def _read_header(path: Path) -> dict[str, _Place]:
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
+        fault = misfit(entry, {"dtype": str, "shape": list, "data_offsets": list})
+        if fault:
+            raise CheckpointError(f"{path}: tensor {name!r}: {fault}; fetch the file again")
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(
                 f"{path}: tensor {name!r} has dtype {entry['dtype']}, weights are {', '.join(DTYPES)}; convert it first"
             )
-        dtype, (start, end) = DTYPES[entry["dtype"]], entry["data_offsets"]
+        dtype, span = DTYPES[entry["dtype"]], entry["data_offsets"]
+        if any(type(number) is not int or number < 0 for number in (*entry["shape"], *span)) or len(span) != 2:
+            raise CheckpointError(f"{path}: shape and place of tensor {name!r} are no numbers; fetch the file again")
+        start, end = span
         num_bytes = math.prod(entry["shape"]) * dtype.itemsize
         if end - start != num_bytes or 8 + length + end > size:
             raise CheckpointError(f"{path}: the bytes of tensor {name!r} are not all there; fetch the file again")

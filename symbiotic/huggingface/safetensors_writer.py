@@ -101,7 +101,7 @@ class SafetensorsWriter:
             file = open(shard.path, "wb", buffering=0)
             self._files.append(file)
             header, places = _layout(shard.tensors)
-            file.write(header)
+            _write_at(file, header, 0)
             for name, offset in places.items():
                 self._places[name] = (file, len(header) + offset)
             file.truncate(len(header) + sum(plan.num_bytes for plan in shard.tensors))
@@ -114,9 +114,7 @@ class SafetensorsWriter:
         file, offset = self._places[name]
         data = tensor_bytes(tensor.to(plan.dtype))
         self._checksums[name] = hashlib.sha256(data).hexdigest()
-        written = 0
-        while written < len(data):
-            written += os.pwrite(file.fileno(), data[written : written + WRITE_BYTES], offset + written)
+        _write_at(file, data, offset)
         self._missing.remove(name)
 
     def __exit__(
@@ -134,6 +132,14 @@ class SafetensorsWriter:
             places = {plan.name: shard.path.name for shard in self._shards for plan in shard.tensors}
             total = sum(plan.num_bytes for plan in self.plans.values())
             write_json(self.folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": places})
+
+
+def _write_at(file: BinaryIO, data: bytes | memoryview, offset: int) -> None:
+    """Write all of ``data``; on a disk that is nearly full the system takes a part of it and fails at the next."""
+    data = memoryview(data)
+    written = 0
+    while written < len(data):
+        written += os.pwrite(file.fileno(), data[written : written + WRITE_BYTES], offset + written)
 
 
 def _layout(plans: Sequence[TensorPlan]) -> tuple[bytes, dict[str, int]]:

@@ -80,7 +80,12 @@ def read_stock(folder: Path | str) -> tuple[Home, SymbioticConfig]:
         raise CheckpointError(f"{folder}: a model of type {model_type!r} can't be imported: {reason}")
     from transformers import AutoConfig  # takes a quarter of a second, which only stock folders need
 
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # each configuration class has checks of its own
+        raise CheckpointError(
+            f"{Path(folder) / 'config.json'} is refused by transformers: {' '.join(str(error).split())}"
+        ) from error
     reasons = _common_obstacles(config)
     settings = _READERS[model_type](config, reasons)
     if reasons:

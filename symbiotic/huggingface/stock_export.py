@@ -18,19 +18,19 @@ from symbiotic.errors import CheckpointError
 from symbiotic.files import write_json, write_text
 from symbiotic.huggingface.architecture import huggingface_config
 from symbiotic.huggingface.export import (
-    check_request,
+    check_dtype,
     check_tensors,
     main_dtype,
     read_chat_template,
     write_generation_config,
     write_weights,
-    written_at_once,
 )
 from symbiotic.huggingface.homes import Home
 from symbiotic.huggingface.mapping import mapping_table
 from symbiotic.huggingface.model_card import understanding_card
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
 from symbiotic.huggingface.ordered_threads import DEFAULT_WORKERS
+from symbiotic.huggingface.output_folder import check_output, written_at_once
 from symbiotic.huggingface.source import Source
 from symbiotic.huggingface.stock import choose_home, stock_config
 from symbiotic.huggingface.tokenizer import write_tokenizer
@@ -69,7 +69,8 @@ def export_understanding(
         CheckpointError, ConfigError, DataError: nothing was written; where no architecture fits, with the reasons.
     """
     output = Path(output)
-    check_request(output, dtype=dtype)
+    check_dtype(dtype)
+    check_output(output, source=source.folder)
     template = read_chat_template(chat_template)
     stored = main_dtype(source.weights)
     model = huggingface_config(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,10 @@ import torch
 from symbiotic.errors import CheckpointError
 from symbiotic.huggingface.architecture import huggingface_config
 from symbiotic.huggingface.export import exported_tensors, main_dtype
+from symbiotic.huggingface.folder_names import check_extra
 from symbiotic.huggingface.homes import STOCK_HOMES, SYMBIOTIC
 from symbiotic.huggingface.mapping import Row, mapping_table
+from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
 from symbiotic.huggingface.safetensors_reader import SafetensorsFolder
 from symbiotic.huggingface.source import Source
 from symbiotic.huggingface.stock import model_type_of
@@ -65,12 +66,9 @@ def kind_of(name: str) -> str:
     return next((kind for kind, part in KINDS if part in name), "other")
 
 
-def folder_rows(source: Source, folder: SafetensorsFolder, *, model_type: str) -> list[Row] | None:
-    """The mapping table between a checkpoint and a folder; None for a dense folder, whose MLPs were multiplied,
-    and where a shared expert was added."""
-    model = huggingface_config(
-        source.config, vocabulary=source.vocabulary, partition=source.partition, dtype=main_dtype(source.weights)
-    )
+def folder_rows(model: SymbioticConfig, folder: SafetensorsFolder, *, model_type: str) -> list[Row] | None:
+    """The mapping table between a checkpoint's model and a folder; None for a dense folder, whose MLPs were
+    multiplied, and where a shared expert was added."""
     if model_type == SYMBIOTIC.model_type:
         return mapping_table(model)
     if model_type not in STOCK_HOMES:
@@ -94,10 +92,16 @@ def compare_tensors(source: Source, folder: Path | str) -> TensorComparison | No
         CheckpointError: a tensor is missing or left over.
     """
     reader = SafetensorsFolder(folder, checksums=False)
-    rows = folder_rows(source, reader, model_type=model_type_of(folder))
+    model = huggingface_config(
+        source.config, vocabulary=source.vocabulary, partition=source.partition, dtype=main_dtype(source.weights)
+    )
+    rows = folder_rows(model, reader, model_type=model_type_of(folder))
     if rows is None:
         return None
-    _check_names([name for row in rows for name in row.huggingface], reader)
+    names = {name for row in rows for name in row.huggingface}
+    if missing := sorted(names - set(reader)):
+        raise CheckpointError(f"{reader.folder}: tensor {missing[0]!r} is missing; export the checkpoint again")
+    check_extra(set(reader) - names, reader, model)
     counts: Counter[str] = Counter()
     different = {}
     for name, expected in exported_tensors(rows, source.weights):
@@ -109,13 +113,3 @@ def compare_tensors(source: Source, folder: Path | str) -> TensorComparison | No
         elif not torch.equal(expected, found):
             different[name] = float((expected.double() - found.double()).abs().max())
     return TensorComparison(dict(counts), different)
-
-
-def _check_names(names: Sequence[str], reader: SafetensorsFolder) -> None:
-    missing, extra = sorted(set(names) - set(reader)), sorted(set(reader) - set(names))
-    if missing:
-        raise CheckpointError(f"{reader.folder}: tensor {missing[0]!r} is missing; export the checkpoint again")
-    if extra:
-        raise CheckpointError(
-            f"{reader.folder}: tensor {extra[0]!r} has no counterpart in the checkpoint; the folder is another model's"
-        )

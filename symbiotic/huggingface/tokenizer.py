@@ -21,7 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers
 
 from symbiotic.errors import DataError
-from symbiotic.files import write_json
+from symbiotic.files import write_json, write_text
 from symbiotic.tokens.tokenizer import ROUND_TRIP_PROBE, SENTENCEPIECE_FILE, Tokenizer
 from symbiotic.tokens.vocabulary import TEXT_CONTROLS, VocabularyLayout
 
@@ -140,7 +140,7 @@ def write_tokenizer(folder: Path, *, tokenizer: Tokenizer, layout: VocabularyLay
                 f"{tokenizer.path}: control {name} would get id {converted.token_to_id(spelling)} in tokenizer.json "
                 f"but is {layout.controls[name]} in the vocabulary; build the vocabulary for this tokenizer"
             )
-    converted.save(str(folder / "tokenizer.json"))
+    write_text(folder / "tokenizer.json", converted.to_str(pretty=True))
     write_json(
         folder / "tokenizer_config.json",
         {

@@ -145,6 +145,7 @@ def verify_export(
     Raises:
         CheckpointError: one of the two models could not be run; its own message is passed on.
     """
+    tensors = compare_tensors(source, folder)
     batch = LogitBatch.of(rows, pad=source.vocabulary.pad)
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "batch.npz"
@@ -166,9 +167,7 @@ def verify_export(
     tied = behind_ties(margins)
     used = comparable_ids(source.vocabulary, found.shape[-1])
     rows_compared = compare_logits(expected[..., : len(used)], found, batch=batch, used=used, left_out=tied)
-    return VerifyReport(
-        rows_compared, tolerance, num_left_out=int((tied & batch.real).sum()), tensors=compare_tensors(source, folder)
-    )
+    return VerifyReport(rows_compared, tolerance, num_left_out=int((tied & batch.real).sum()), tensors=tensors)
 
 
 def comparable_ids(vocabulary: VocabularyLayout, size: int) -> np.ndarray:

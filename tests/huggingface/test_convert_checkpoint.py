@@ -111,7 +111,21 @@ def test_mistakes_end_in_one_sentence(
         "config.json can't be read": ("import", nothing, output),
         "--resolution '4' is no size": ("import", nothing, output, "--resolution", 4),
         "--groups 'a' is not NAME=VALUE": ("import", nothing, output, "--groups", "a"),
-        "--workers 0: give at least 1 thread": ("export", run_folder, output, "--workers", 0),
+        "--workers 0: give at least 1, or": ("export", run_folder, output, "--workers", 0),
+        "--documents 0: give at least 1, or": ("export", run_folder, output, "--documents", 0),
+        "--topk 0: give at least 1, or": ("import", nothing, output, "--upcycle", 4, "--topk", 0),
+        "--seed -1: give 0 or more": ("import", nothing, output, "--seed", -1),
+        "--shard-gb nan is no size": ("export", run_folder, output, "--shard-gb", "nan"),
+        "give both or neither": ("import", nothing, output, "--resolution", "4x4"),
+        "--report has no use beside --no-verify": ("export", run_folder, output, "--no-verify", "--report", output),
+        "give a --tolerance too": ("export", run_folder, output, "--dtype", "bfloat16", "--report", output),
+        "give a file in a folder that exists": ("verify", run_folder, corpus.folder, "--report", nothing / "a.json"),
+        f"{nothing}.manifest.json": ("export", run_folder, output, "--data", nothing),
+        f"{corpus.folder / 'tokenizer.model'} is no folder": (
+            "export",
+            run_folder,
+            corpus.folder / "tokenizer.model" / "out",
+        ),
         f"{nothing}: the vocabulary can't be read": ("export", run_folder, output, "--vocabulary", nothing),
     }
     for message, arguments in mistakes.items():

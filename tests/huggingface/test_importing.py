@@ -21,6 +21,7 @@ from symbiotic.huggingface.export import export_checkpoint
 from symbiotic.huggingface.importing import ImportRequest, import_folder
 from symbiotic.huggingface.source import open_source
 from symbiotic.huggingface.stock_export import export_understanding
+from symbiotic.huggingface.tensor_comparison import compare_tensors
 from symbiotic.tokens.types import TokenType, mode_byte
 from symbiotic.tokens.vocabulary import VocabularyLayout
 from symbiotic.training.checkpoint.weights import open_weights
@@ -254,8 +255,11 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
     save_file(load_file(path) | {name: torch.ones(2, 2)}, path, {"format": "pt"})
     refusal(tmp_path / "stock", tmp_path / "out", f"tensor '{name}' has no place in the model")
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_nextn_predict_layers": 1}))
-    keys = open_weights(bring_in(tmp_path / "stock", tmp_path / "out") / "checkpoints" / "step-0").keys()
+    checkpoint = bring_in(tmp_path / "stock", tmp_path / "out") / "checkpoints" / "step-0"
+    keys = open_weights(checkpoint).keys()
     assert not [key for key in keys if key.startswith("decoder.layers.6.")]
+    comparison = compare_tensors(open_source(checkpoint), tmp_path / "stock")
+    assert comparison is not None and comparison.holds
 
 
 def test_a_flipped_bit_of_our_own_export_is_named(corpus: Corpus, tmp_path: Path) -> None:
@@ -296,6 +300,16 @@ def test_what_our_model_lacks_is_refused(settings: dict[str, Any], message: str,
     (tmp_path / "stock").mkdir()
     (tmp_path / "stock" / "config.json").write_text(json.dumps(settings))
     refusal(tmp_path / "stock", tmp_path / "out", message, upcycle=None)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rope_scaling": "linear"}, {"rms_norm_eps": "1e-6"}, {"vocab_size": None}, {"bos_token_id": [4, 5]}]
+)
+def test_a_configuration_that_transformers_refuses_is_named(wrong: dict[str, Any], tmp_path: Path) -> None:
+    settings = COMMON | DENSE["llama"] | wrong
+    (tmp_path / "stock").mkdir()
+    (tmp_path / "stock" / "config.json").write_text(json.dumps(settings))
+    refusal(tmp_path / "stock", tmp_path / "out", r"stock/config\.json is refused by transformers: .")
 
 
 def test_a_bias_of_softmax_scores_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from symbiotic.huggingface.safetensors_writer import INDEX_FILE, SINGLE_FILE, SafetensorsWriter, TensorPlan
+from symbiotic.errors import CheckpointError
+from symbiotic.huggingface.safetensors_reader import SafetensorsFolder
+from symbiotic.huggingface.safetensors_writer import (
+    CHECKSUM_FILE,
+    INDEX_FILE,
+    SINGLE_FILE,
+    SafetensorsWriter,
+    TensorPlan,
+)
 
 DTYPES = {"a": torch.bfloat16, "b": torch.float32, "c": torch.float16, "d": torch.float64, "e": torch.bfloat16}
 TENSORS = {
@@ -71,3 +80,49 @@ def test_a_tensor_that_never_came_is_a_defect(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="4 planned tensors were never written"):  # noqa: SIM117
         with SafetensorsWriter(tmp_path, PLANS) as writer:
             writer.write("a", TENSORS["a"])
+
+
+def test_a_disk_that_takes_a_part_of_a_header_fails_or_gets_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, data, offset: whole(file, data[:7], offset))
+    write(tmp_path)
+    loaded = load_file(tmp_path / SINGLE_FILE)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_damaged_headers_indexes_and_checksums_are_named(tmp_path: Path) -> None:
+    write(tmp_path)
+    path = tmp_path / SINGLE_FILE
+    good = path.read_bytes()
+    entry = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    headers: dict[str, object] = {
+        "it is \\[\\] and not an object": [],
+        "a is 1 and not an object": {"a": 1},
+        "dtype is missing": {"a": {}},
+        "dtype is \\[\\] and not a text": {"a": entry | {"dtype": []}},
+        "data_offsets is missing": {"a": {"dtype": "F32", "shape": [1]}},
+        "are no numbers": {"a": entry | {"data_offsets": [4]}},
+        "of tensor 'a' are no numbers": {"a": entry | {"shape": [-1, -1]}},
+    }
+    for message, header in headers.items():
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+        with pytest.raises(CheckpointError, match=message):
+            SafetensorsFolder(tmp_path)
+    path.write_bytes(good)
+    checksums = json.loads((tmp_path / CHECKSUM_FILE).read_text())
+    del checksums["tensors"]["a"]
+    for message, tree in (("tensors is missing", {}), ("'a' is in one of them only", checksums)):
+        (tmp_path / CHECKSUM_FILE).write_text(json.dumps(tree))
+        with pytest.raises(CheckpointError, match=message):
+            SafetensorsFolder(tmp_path)
+    (tmp_path / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": SINGLE_FILE}}))
+    with pytest.raises(CheckpointError, match="are both there"):
+        SafetensorsFolder(tmp_path)
+    path.rename(tmp_path / "other.safetensors")
+    for tree in ({}, [], {"weight_map": []}, {"weight_map": {"a": 1}}):
+        (tmp_path / INDEX_FILE).write_text(json.dumps(tree))
+        with pytest.raises(CheckpointError, match=f"{INDEX_FILE}: .*; fetch the folder again$"):
+            SafetensorsFolder(tmp_path)

@@ -1,0 +1,80 @@
+"""The folder that a conversion writes: checked before the work starts, there as a whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import glob
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from symbiotic.errors import CheckpointError, LaunchError
+from symbiotic.files import disk_error, fsync_folder
+
+_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def check_output(output: Path, *, source: Path) -> None:
+    """Refuse a folder that can't be made or holds something.
+
+    Args:
+        output: what is to be written.
+        source: what is read, which must stay as it is.
+
+    Raises:
+        CheckpointError: it exists and isn't an empty folder, is a link, lies in ``source`` or below a file, or can't
+            be written.
+    """
+    if output.is_symlink():
+        raise CheckpointError(f"{output} is a link, which would be replaced; name the folder itself")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise CheckpointError(f"{output} exists already; name a new folder or remove it")
+    if source.resolve() in output.resolve().parents:
+        raise CheckpointError(f"{output} lies in {source}, which is only read; name a folder outside of it")
+    parent = next(path for path in output.absolute().parents if path.exists())
+    if not parent.is_dir():
+        raise CheckpointError(f"{output} can't be made: {parent} is no folder; name another one")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{output} can't be made: {parent} can't be written; name another one")
+
+
+@contextlib.contextmanager
+def written_at_once(output: Path) -> Iterator[Path]:
+    """A folder beside ``output`` that gets its name when the block ends well, every file flushed.
+
+    Raises:
+        LaunchError: the disk is full or can't be written; nothing is left of the folder.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(output)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in sorted(temporary.rglob("*")):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        for path in [*temporary.rglob("*"), temporary]:
+            if path.is_dir():
+                fsync_folder(path)
+        if output.exists():
+            output.rmdir()
+        temporary.rename(output)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        cause = disk_error(error)
+        if cause is None or cause.errno not in _OF_WRITING:
+            raise
+        raise LaunchError(f"{output} can't be written ({cause.strerror}); make room and start again") from error
+    fsync_folder(output.parent)
+
+
+def _remove_leftovers(output: Path) -> None:
+    """Remove what processes of this machine that were killed have left beside ``output``, and of this id before."""
+    for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
+        process = left.name.removeprefix(f".{output.name}.").removesuffix(".tmp")
+        if process == str(os.getpid()) or (process.isdecimal() and not Path("/proc", process).exists()):
+            shutil.rmtree(left)
