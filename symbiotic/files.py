@@ -95,6 +95,25 @@ def may_pass(error: OSError) -> bool:
     return error.errno not in lasting
 
 
+def write_error(error: BaseException) -> OSError | None:
+    """The error behind ``error`` that only writing can meet: a full disk, a quota, a file too large, none to write."""
+    cause = disk_error(error)
+    of_writing = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+    return cause if cause is not None and cause.errno in of_writing else None
+
+
+@contextlib.contextmanager
+def reporting_full_disk(path: Path | str, *, remedy: str) -> Iterator[None]:
+    """Turn an error that only writing can meet into a LaunchError that names ``path`` and ends in ``remedy``."""
+    try:
+        yield
+    except Exception as error:
+        cause = write_error(error)
+        if cause is None:
+            raise
+        raise LaunchError(f"{path} can't be written ({cause.strerror}); {remedy}") from error
+
+
 @contextlib.contextmanager
 def reporting_unwritable(path: Path | str) -> Iterator[None]:
     """Turn an error of the file system, such as a full disk, into a LaunchError that names ``path``."""

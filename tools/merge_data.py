@@ -2,8 +2,9 @@
 
     python tools/merge_data.py shards/corpus-*-of-00008* --output shards/corpus --vocabulary vocabulary.json
 
-Of a job array every job's shard must be there. Documents keep their order: shards as given, and the documents of each
-as they stand. Any changed byte of a shard ends the run before there is an output. The shards stay where they are.
+Of a job array every job must be done; one whose share held no document has left a record of it instead of a shard.
+Documents keep their order: shards as given, and the documents of each as they stand. Any changed byte of a shard ends
+the run before there is an output. The shards stay where they are.
 """
 
 import argparse
@@ -11,12 +12,15 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
+from symbiotic.data.chunked_run import read_json
 from symbiotic.data.merge import merge_shards
+from symbiotic.data.plan import JobShare, Splits, output_prefix
+from symbiotic.data.preprocess import RUN_SUFFIX
 from symbiotic.data.shards import FILE_SUFFIXES
 from symbiotic.errors import DataError, exits_on_user_error
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
-ENDINGS = (".manifest.json", *FILE_SUFFIXES.values(), ".run.json", ".rejected.jsonl", ".parts")
+ENDINGS = (".manifest.json", *FILE_SUFFIXES.values(), RUN_SUFFIX, ".rejected.jsonl", ".parts")
 """What stands behind a prefix on disk: a shell's ``corpus-*`` names all of these."""
 
 JOB = re.compile(r"(?P<corpus>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
@@ -48,6 +52,24 @@ def shard_prefixes(words: list[str]) -> list[Path]:
     return prefixes
 
 
+def has_no_document(prefix: Path) -> bool:
+    """Whether the job of an array is done and its share held no document for this shard: its record says so.
+
+    A record is named after the corpus without the split: ``web-00001-of-00004`` for ``web_train-00001-of-00004``.
+    """
+    corpus, job = prefix.name[: -len("-00000-of-00000")], prefix.name[-len("-00000-of-00000") :]
+    for path in prefix.parent.glob(f"*{job}{RUN_SUFFIX}"):
+        record = read_json(path)
+        if record is None or prefix.name in record["shards"]:
+            continue
+        splits = Splits(tuple((name, share) for name, share in record["fingerprint"]["split"]))
+        whole = path.name.removesuffix(job + RUN_SUFFIX)
+        names = [output_prefix(whole, split=name, job=JobShare()).name for name in splits.names]
+        if corpus in names:
+            return True
+    return False
+
+
 def check_jobs(prefixes: list[Path]) -> None:
     """Every job of an array is among the prefixes."""
     found: dict[tuple[str, int], set[int]] = defaultdict(set)
@@ -55,7 +77,11 @@ def check_jobs(prefixes: list[Path]) -> None:
         if match := JOB.fullmatch(str(prefix)):
             found[match["corpus"], int(match["count"])].add(int(match["index"]))
     for (corpus, count), indices in found.items():
-        missing = sorted(set(range(count)) - indices)
+        missing = [
+            index
+            for index in range(count)
+            if index not in indices and not has_no_document(Path(f"{corpus}-{index:05d}-of-{count:05d}"))
+        ]
         if missing:
             raise DataError(
                 f"{corpus}-{missing[0]:05d}-of-{count:05d} is not among the shards ({len(missing)} of {count} are "

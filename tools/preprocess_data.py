@@ -88,6 +88,8 @@ def main() -> None:
         result = preprocess(arguments.input, output=arguments.output, files=files, options=options, report=display)
     for prefix, manifest in result.manifests.items():
         print(f"{prefix}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens")
+    if not result.manifests:
+        print(f"{arguments.output}: job {arguments.shard} is done, its share of the corpus holds no document")
     if result.rejected_file is not None:
         print(f"warning: {result.progress.num_rejected} bad records, listed in {result.rejected_file}", file=sys.stderr)
 

@@ -19,7 +19,7 @@ from symbiotic.data.codecs import load_codec
 from symbiotic.data.formats import FORMATS
 from symbiotic.data.readers import read_documents
 from symbiotic.errors import DataError, exits_on_user_error
-from symbiotic.files import remove_leftovers, replacing
+from symbiotic.files import remove_leftovers, replacing, reporting_full_disk
 from symbiotic.tokens.documents import TextSegment
 from symbiotic.tokens.tokenizer import TOKENIZERS_FILE, Tokenizer, train_model
 from symbiotic.tokens.vocabulary import DEFAULT_MULTIPLE, VocabularyLayout
@@ -88,6 +88,27 @@ def check_options(arguments: argparse.Namespace) -> None:
     sampled = arguments.input_sentence_size
     if sampled is not None and sampled < MIN_SAMPLED:
         raise DataError(f"--input-sentence-size {sampled} is too few for SentencePiece; give at least {MIN_SAMPLED}")
+    check_paths(arguments)
+
+
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Refuse outputs that are a folder, another output or an input; makes the folders they go to.
+
+    Raises:
+        DataError: naming the path.
+    """
+    taken = {path.resolve() for path in arguments.input or ()}
+    for path in filter(None, (arguments.output, arguments.vocabulary)):
+        if path.is_dir():
+            raise DataError(f"{path} is a folder; give the file to write")
+        if path.resolve() in taken:
+            raise DataError(f"{path} is given twice and would be overwritten; give every file a path of its own")
+        # A tokenizer.json may be taken where it stands.
+        taken |= {other.resolve() for other in (path, arguments.tokenizer_json) if other is not None}
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{path.parent} can't be made ({error.strerror}); give another path") from error
 
 
 def _option(name: str) -> str:
@@ -169,15 +190,15 @@ def main() -> None:
     layout = None
     if arguments.vocabulary is not None:
         layout = layout_for(arguments, codebook_size=codebook_size, text_size=tokenizer.size, digest=tokenizer.digest)
-        arguments.vocabulary.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     for path in filter(None, (arguments.output, arguments.vocabulary)):
         remove_leftovers(path)
-    with replacing(arguments.output) as file:
-        file.write(content)
+    with reporting_full_disk(arguments.output, remedy="make room and start again"):
+        with replacing(arguments.output) as file:
+            file.write(content)
+        if layout is not None:
+            layout.save(arguments.vocabulary)
     print(f"{arguments.output}: {tokenizer.size} pieces")
     if layout is not None:
-        layout.save(arguments.vocabulary)
         print(
             f"{arguments.vocabulary}: {layout.size} ids ({layout.text_part} text part, {layout.image_part} image part)"
         )

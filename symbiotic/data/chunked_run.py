@@ -21,7 +21,7 @@ from symbiotic.data.readers import Chunk
 from symbiotic.data.shards import shard_path
 from symbiotic.data.worker_pool import ChunkJob, ChunkWork, Counts, Rejected, run_jobs
 from symbiotic.errors import DataError
-from symbiotic.files import replacing, write_json
+from symbiotic.files import replacing, reporting_full_disk, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,11 @@ class ChunkedRun[Part: FinishedPart]:
         self._images = ImageRoot(image_root)
         self._open_part = open_part
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether this run has the whole corpus and not a job's share, which may hold no document."""
+        return self._options.job.count == 1
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second run away from the same output."""
@@ -166,8 +171,12 @@ class ChunkedRun[Part: FinishedPart]:
                 raise DataError(
                     f"{self.folder}: this file system has no locks ({error.strerror}); write to another one"
                 ) from error
+            for path in self._written:
+                if path.is_dir():
+                    raise DataError(f"{path} is a folder, where a file is to be written; give another --output")
             try:
-                yield
+                with reporting_full_disk(self.folder, remedy="make room and go on with --resume"):
+                    yield
             finally:
                 # Parts stay for --resume; a folder without any is of no use.
                 if self.folder.exists() and not any(self.folder.glob("*.part")):
@@ -244,8 +253,7 @@ class ChunkedRun[Part: FinishedPart]:
                 if failed or num_rejected > limit:
                     done.close()
         count = self._write_rejected(len(chunks), failed)
-        if count > limit:
-            self._refuse(count)
+        self.check_rejected(count)
         report(progress)
         return progress
 
@@ -307,9 +315,13 @@ class ChunkedRun[Part: FinishedPart]:
             self.rejected.unlink()
         return count
 
-    def _refuse(self, count: int) -> None:
-        """Raise for the first record past the limit."""
+    def check_rejected(self, count: int) -> None:
+        """Raise for the first record past the limit (DataError), where so many were left out."""
         limit = self._options.max_bad_records
+        if count <= limit:
+            return
+        if not self.rejected.exists():
+            raise DataError(f"{self.rejected} is gone, which names {count} bad records; --max-bad-records is {limit}")
         with open(self.rejected, encoding="utf-8") as file:
             entry = next(json.loads(line) for number, line in enumerate(file) if number == limit)
         earlier = next((f"; {path} is an earlier run's" for path in self._written if path.exists()), "")

@@ -140,6 +140,7 @@ def tokenize_images(
     with run.locked():
         manifest = _finished(folder, settings=settings, identity=identity) if options.resume else None
         if manifest is not None:
+            run.check_rejected(manifest["rejected"])
             run.drop_parts()  # a kill may have come between the output and their removal
         else:
             chunks = run.plan(inputs, chunk_bytes=chunk_bytes)
@@ -281,9 +282,17 @@ def _fingerprint(
 
 
 def _check_output(folder: Path) -> None:
-    """Refuse a folder that holds something else."""
-    if folder.exists() and not (folder.is_dir() and ((folder / MANIFEST_FILE).exists() or not any(folder.iterdir()))):
-        raise DataError(f"{folder}: there is something else than tokenized records; give another --output")
+    """Refuse a folder that holds something else than an earlier run's files, as it would be replaced with them."""
+    if not folder.exists():
+        return
+    manifest = read_json(folder / MANIFEST_FILE) or {} if folder.is_dir() else {}
+    own = {MANIFEST_FILE, IMAGES_FILE} if "fingerprint" in manifest else set()
+    own |= {entry["name"] for entry in manifest.get("files", []) if isinstance(entry, dict) and "name" in entry}
+    foreign = [path.name for path in folder.iterdir() if path.name not in own] if folder.is_dir() else [folder.name]
+    if foreign:
+        raise DataError(
+            f"{folder}: there is something else than tokenized records ({min(foreign)}); give another --output"
+        )
 
 
 def _finished(folder: Path, *, settings: TokenizeSettings, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -326,7 +335,7 @@ def _assemble(
             with open(part.image_list, "rb") as images:  # one frame after the other is one file
                 shutil.copyfileobj(images, image_list)
     num_documents = sum(entry["documents"] for entry in files)
-    if not num_documents:
+    if not num_documents and run.is_whole:
         raise DataError(f"{folder}: the corpus gave no document; nothing was written")
     manifest = {
         "version": MANIFEST_VERSION,

@@ -98,6 +98,7 @@ def preprocess(
     )
     with run.locked():
         if options.resume and (finished := shards.finished(run)):
+            run.check_rejected(finished.progress.num_rejected)
             run.drop_parts()  # a kill may have come between the last shard and their removal
             return finished
         chunks = run.plan(inputs, chunk_bytes=chunk_bytes)
@@ -150,7 +151,7 @@ class _Shards:
         """Put the parts into shards and drop them.
 
         Raises:
-            DataError: a split got no document; in a job of an array, none did.
+            DataError: a split got no document; a job of an array may have none.
         """
         parts = [run.part(number) for number in range(num_parts)]
         blocks = {name: [block for part in parts for block in part.blocks(name)] for name in self._prefixes}
@@ -179,7 +180,7 @@ class _Shards:
 
     def _check_documents(self, has_some: dict[str, bool]) -> None:
         for name, prefix in self._prefixes.items():
-            if has_some[name] or (self._is_job_of_array and any(has_some.values())):
+            if has_some[name] or self._is_job_of_array:
                 continue
             why = "the corpus gave no document" if not name else f"no document fell to {name}; raise its share"
             raise DataError(f"{prefix}: {why}; a shard holds at least one")

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from symbiotic.errors import CheckpointError, LaunchError
-from symbiotic.files import disk_error, fsync_folder
-
-_OF_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+from symbiotic.errors import CheckpointError
+from symbiotic.files import fsync_folder, reporting_full_disk
 
 
 def check_output(output: Path, *, source: Path) -> None:
@@ -52,23 +49,21 @@ def written_at_once(output: Path) -> Iterator[Path]:
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     temporary.mkdir()
     try:
-        yield temporary
-        for path in sorted(temporary.rglob("*")):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
-        for path in [*temporary.rglob("*"), temporary]:
-            if path.is_dir():
-                fsync_folder(path)
+        with reporting_full_disk(output, remedy="make room and start again"):
+            yield temporary
+            for path in sorted(temporary.rglob("*")):
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+            for path in [*temporary.rglob("*"), temporary]:
+                if path.is_dir():
+                    fsync_folder(path)
         if output.exists():
             output.rmdir()
         temporary.rename(output)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        cause = disk_error(error)
-        if cause is None or cause.errno not in _OF_WRITING:
-            raise
-        raise LaunchError(f"{output} can't be written ({cause.strerror}); make room and start again") from error
+        raise
     fsync_folder(output.parent)
 
 

@@ -26,8 +26,11 @@ import numpy as np
 
 from symbiotic.errors import DataError
 
-_BASE64_SIGNATURES = ("iVBORw0KGgo", "/9j/", "UklGR")
-"""How base64 of a PNG, JPEG or WebP file begins: no relative path of an image looks like one of these."""
+_BASE64_SIGNATURES = ("iVBORw0KGgo", "/9j/", "UklGR", "R0lGOD", "SUkqAA", "TU0AKg")
+"""How base64 of a PNG, JPEG, WebP, GIF or TIFF file begins: no relative path of an image looks like one of these."""
+
+_LONGEST_PATH = 4095
+"""Bytes, of Linux; a longer text is base64 of something else."""
 
 
 class ImageUse(Enum):
@@ -192,6 +195,11 @@ def _image_content(image: Any, place: str) -> dict[str, Any]:
         return {"data": _decode_base64(encoded, place)}
     if image.startswith(_BASE64_SIGNATURES):
         return {"data": _decode_base64(image, place)}
+    if len(image) > _LONGEST_PATH:
+        raise DataError(
+            f"{place}.image is no path with its {len(image)} characters ({image[:20]!r}...); write base64 of other "
+            "formats than PNG, JPEG, WebP, GIF and TIFF as data:image/NAME;base64,..."
+        )
     path = PurePosixPath(image)
     if path.is_absolute() or ".." in path.parts or "\0" in image:
         raise DataError(f"{place}.image is {image!r}, which leaves the image root; give a path under it")

@@ -67,7 +67,8 @@ def train_model(texts: Iterable[str], *, size: int, path: Path | str, num_sample
     def read_all() -> Iterator[str]:
         # SentencePiece turns whatever an iterator raises into an error of its own, as if training had failed.
         try:
-            yield from texts
+            for text in texts:
+                yield from _cut(text)
         except Exception as error:
             failed.append(error)
             raise
@@ -85,6 +86,21 @@ def train_model(texts: Iterable[str], *, size: int, path: Path | str, num_sample
             "more text"
         ) from error
     return model.getvalue()
+
+
+def _cut(text: str) -> Iterator[str]:
+    """A text in stretches that SentencePiece doesn't leave out for their length, cut at newlines or spaces."""
+    longest = TRAINING_OPTIONS["max_sentence_length"] // 4  # characters, of at most 4 bytes
+    start = 0
+    while len(text) - start > longest:
+        end = text.rfind("\n", start, start + longest) + 1
+        if end <= start:
+            end = text.rfind(" ", start + 1, start + longest)
+        if end <= start:
+            end = start + longest
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 class Tokenizer:

@@ -72,6 +72,7 @@ def test_mmc4():
         {"image_name": "late.png", "matched_text_index": 1},
         {"image_name": "first.png", "matched_text_index": 0, "matched_sim": 0.3},
         {"image_base64": "iVBORw0KGgo=", "image_name": "later.png", "matched_text_index": 1},
+        {"image_base64": "Qk0=", "matched_text_index": 1},
     ]
     value = {"url": "https://a.b", "text_list": ["a", "b"], "image_info": images, "similarity_matrix": [[1]]}
     assert segments_of("mmc4", value) == [
@@ -79,6 +80,7 @@ def test_mmc4():
         ("a", True),
         ("late.png", READ, False),
         (b"\x89PNG\r\n\x1a\n", READ, False),
+        (b"BM", READ, False),
         ("b", True),
     ]
 

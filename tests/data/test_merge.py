@@ -1,13 +1,15 @@
 """Merged shards against one run, and shards that don't go together."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
 from symbiotic.data.merge import merge_shards
-from symbiotic.data.plan import JobShare
+from symbiotic.data.plan import JobShare, Splits
 from symbiotic.data.preprocess import PreprocessOptions, preprocess
 from symbiotic.data.shards import FILE_SUFFIXES, shard_path, verify_shard
 from symbiotic.errors import DataError
@@ -105,3 +107,39 @@ def test_shards_that_do_not_go_together(tmp_path):
     ):
         with pytest.raises(DataError, match=message):
             merge_shards(prefixes, output=tmp_path / output, vocabulary=VOCABULARY)
+
+
+def test_jobs_without_a_document_are_no_gap(tmp_path):
+    """A long record leaves shares in which none begins, and a rare split is in few shares."""
+    files = make_encoder_files(tmp_path)
+    corpus, vocabulary = tmp_path / "corpus.jsonl", VocabularyLayout.load(files.vocabulary)
+    write_interleaved(corpus, count=20, seed=0)
+    long = {"id": "long", "segments": [{"type": "text", "text": "draw " * 4000}]}
+    corpus.write_text(json.dumps(long) + "\n" + corpus.read_text())
+    splits = Splits.parse(["rare=0.2"])
+    options = {"chunk_bytes": 3000, "splits": splits}
+    preprocess([corpus], output=tmp_path / "whole", files=files, options=PreprocessOptions(**options))
+    without = []
+    for index in range(6):
+        job = PreprocessOptions(job=JobShare(index, 6), **options)
+        result = preprocess([corpus], output=tmp_path / "job", files=files, options=job)
+        again = preprocess([corpus], output=tmp_path / "job", files=files, options=replace(job, resume=True))
+        assert again.manifests == result.manifests
+        without += [] if result.manifests else [index]
+    assert without and without[0] > 0
+    for split in splits.names:
+        prefixes = shard_prefixes([str(path) for path in tmp_path.glob(f"job_{split}-*.idx")])
+        prefixes.sort()
+        merge_shards(prefixes, output=tmp_path / f"job_{split}", vocabulary=vocabulary)
+        merged, whole = (shard_path(tmp_path / f"{name}_{split}", ".bin") for name in ("job", "whole"))
+        assert merged.read_bytes() == whole.read_bytes()
+    # What says nothing of this split, or isn't there, is a gap as before.
+    words = [str(path) for path in tmp_path.glob("job_rare-*.idx")]
+    record = tmp_path / f"job-{without[0]:05d}-of-00006.run.json"
+    content = json.loads(record.read_text())
+    record.write_text(json.dumps(content | {"fingerprint": content["fingerprint"] | {"split": [["other", 0.2]]}}))
+    with pytest.raises(DataError, match=f"job_rare-{without[0]:05d}-of-00006 is not among the shards"):
+        shard_prefixes(words)
+    record.unlink()
+    with pytest.raises(DataError, match=f"job_rare-{without[0]:05d}-of-00006 is not among the shards"):
+        shard_prefixes(words)

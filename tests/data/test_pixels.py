@@ -192,3 +192,9 @@ def test_damaged_images_are_refused_or_read(data):
             assert read_image(content, channels=1).dtype == np.uint8
         except DataError as error:
             assert "can't be decoded" in str(error)
+
+
+def test_whatever_pillow_raises_for_a_file_is_a_bad_record():
+    """A DDS file with unknown pixels is a NotImplementedError of its plug-in."""
+    with pytest.raises(DataError, match=r"can't be decoded \(Unknown pixel format flags 0\)"):
+        open_image(b"DDS " + (124).to_bytes(4, "little") + bytes(120), channels=3, background=255)

@@ -243,6 +243,28 @@ def test_bad_records_of_several_chunks_add_up(corpus, files, tmp_path):
     assert Shard.open(tmp_path / "shard").num_documents == 317
 
 
+def test_a_finished_run_is_held_to_a_lower_limit(corpus, files, tmp_path):
+    spoil(corpus[1], 3, 5)
+    run(corpus, tmp_path / "shard", files, max_bad_records=2)
+    before = shard_bytes(tmp_path / "shard")
+    assert run(corpus, tmp_path / "shard", files, max_bad_records=2, resume=True).progress.num_rejected == 2
+    with pytest.raises(DataError, match=r"b\.jsonl:5: .*bad record number 2, --max-bad-records is 1"):
+        run(corpus, tmp_path / "shard", files, max_bad_records=1, resume=True)
+    assert shard_bytes(tmp_path / "shard") == before
+
+
+def test_a_full_disk_is_one_sentence(corpus, files, tmp_path):
+    words = ["--input", corpus[0], "--output", tmp_path / "shard", "--max-bad-records", 300]
+    words += ["--vocabulary", files.vocabulary, "--tokenizer", files.tokenizer, "--codec", files.codec]
+    command = ["sh", "-c", 'ulimit -f 8; exec "$0" "$@"', sys.executable, ROOT / "tools" / "preprocess_data.py", *words]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, cwd=ROOT, env=environment, check=False
+    )
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert f"{tmp_path / 'shard.parts'} can't be written (File too large); make room and go on with" in result.stderr
+
+
 def test_a_clean_run_removes_an_old_quarantine_file(corpus, files, tmp_path):
     (tmp_path / "shard.rejected.jsonl").write_text("old\n")
     run(corpus, tmp_path / "shard", files)
@@ -418,6 +440,10 @@ def test_the_commands_make_a_corpus_and_name_mistakes(corpus, tmp_path):
         (("--multiple", 0), "multiple"),
         (("--input-sentence-size", 100), "give at least 101"),
         (("--input", spoiled), "spoiled.jsonl:301: the record lacks the key 'segments'"),
+        (("--output", corpus[0]), "a.jsonl is given twice and would be overwritten"),
+        (("--vocabulary", model), "tokenizer.model is given twice and would be overwritten"),
+        (("--vocabulary", tmp_path), "is a folder; give the file to write"),
+        (("--output", corpus[0] / "a" / "x.model"), "can't be made (Not a directory)"),
     ):
         result = tool(*train, *wrong)
         assert (result.returncode, result.stderr.count("\n")) == (1, 1)

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import subprocess
 import tarfile
 from pathlib import Path
@@ -17,6 +18,7 @@ from symbiotic.data.codecs import png_bytes
 from symbiotic.data.formats import corpus_format
 from symbiotic.data.plan import JobShare, plan_chunks, with_first_lines
 from symbiotic.data.readers import RawRecord, Unreadable, check_inputs, jsonl, parse, read_chunk, read_documents
+from symbiotic.data.readers.parquet import read as read_parquet
 from symbiotic.data.readers.records import parse_json
 from symbiotic.errors import DataError
 from symbiotic.tokens.documents import RecordError
@@ -123,6 +125,13 @@ def test_compressed_lines(tmp_path, suffix, compress):
     found = records_of(path)
     assert [(record.line, record.value["id"]) for record in found] == [(n, f"d{n}") for n in range(1, 2000)]
     assert sum(record.num_bytes for record in found) == path.stat().st_size
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst", "x.json"])
+def test_a_file_without_a_byte_is_a_copy_that_failed(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: the file has no byte; copy it again"):
+        plan_chunks([tmp_path / name], chunk_bytes=100, job=JobShare())
 
 
 def test_zstd_files_of_the_command_line_tool(tmp_path):
@@ -241,6 +250,23 @@ def test_damaged_parquet_is_named(tmp_path):
     path.write_bytes(content[:4] + b"\xff" * 300 + content[304:])
     with pytest.raises(DataError, match=r"x\.parquet: damaged after row"):
         records_of(path)
+
+
+def test_a_row_of_parquet_that_python_has_no_value_for_is_one_bad_record(tmp_path):
+    path = tmp_path / "x.parquet"
+    texts = [f"text {number}".encode() for number in range(50)]
+    texts[40] = b"bad\xff"
+    days = pa.array([0] * 50, pa.int64()).cast(pa.timestamp("us")).to_pylist()
+    broken = pa.Array.from_buffers(pa.string(), 50, pa.array(texts, pa.binary()).buffers())
+    late = pa.array([2**62 if number == 3 else 0 for number in range(50)], pa.int64()).view(pa.timestamp("us"))
+    pq.write_table(pa.table({"id": [str(number) for number in range(50)], "text": broken, "when": late}), path)
+    (chunk,) = plan_chunks([path], chunk_bytes=1 << 20, job=JobShare())
+    found = list(read_parquet(chunk, None))
+    bad = {record.line: record.reason for record in found if isinstance(record, Unreadable)}
+    assert list(bad) == [4, 41] and all(reason.startswith("the row can't be read (") for reason in bad.values())
+    assert [record.line for record in found] == list(range(1, 51))
+    assert found[0].value == {"id": "0", "text": "text 0", "when": days[0]}
+    assert sum(record.num_bytes for record in found) == chunk.num_bytes
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]]) -> None:

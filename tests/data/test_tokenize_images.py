@@ -194,6 +194,11 @@ def test_bad_records_go_to_the_quarantine(corpus, files, tmp_path):
     assert len(records_in(tmp_path / "codes")) == 130
 
     before = folder_bytes(tmp_path / "codes")
+    with pytest.raises(DataError, match=r"bad\.jsonl:7: .*--max-bad-records is 6"):
+        run(
+            [corpus[0], path, corpus[1]], tmp_path / "codes", settings,
+            max_bad_records=6, chunk_bytes=3000, resume=True,
+        )  # fmt: skip
     message = (
         r"bad\.jsonl:7: .*bad record number 7, --max-bad-records is 6; nothing was written; .*manifest\.json is an"
     )
@@ -236,9 +241,19 @@ def test_impossible_requests_end_before_any_work(corpus, files, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     refused("there is something else than tokenized records", output=tmp_path / "mine")
+    (tmp_path / "mine" / "manifest.json").write_text('{"my": "project"}')
+    refused("there is something else than tokenized records", output=tmp_path / "mine")
+    (tmp_path / "mine" / "thesis.txt").unlink()
+    refused("there is something else than tokenized records", output=tmp_path / "mine")
+    run(corpus, tmp_path / "earlier", settings_of(files))
+    (tmp_path / "earlier" / "thesis.txt").touch()
+    refused(r"there is something else than tokenized records \(thesis\.txt\)", output=tmp_path / "earlier")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match="the corpus gave no document"):
         run([tmp_path / "empty.jsonl"], tmp_path / "codes", settings_of(files))
+    # One job's share of a corpus may hold none.
+    run([tmp_path / "empty.jsonl", corpus[0]], tmp_path / "codes", settings_of(files), job=JobShare(0, 2))
+    assert records_in(tmp_path / "codes-00000-of-00002") == []
 
 
 def test_an_earlier_output_is_replaced_as_a_whole(corpus, files, tmp_path):

@@ -82,9 +82,7 @@ def test_a_tensor_that_never_came_is_a_defect(tmp_path: Path) -> None:
             writer.write("a", TENSORS["a"])
 
 
-def test_a_disk_that_takes_a_part_of_a_header_fails_or_gets_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_header_that_is_taken_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda file, data, offset: whole(file, data[:7], offset))
     write(tmp_path)

@@ -1,3 +1,4 @@
+import random
 from pydoc_data import topics
 
 import numpy as np
@@ -103,3 +104,14 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(DataError, match=r"tokenizer\.model: a tokenizer of 20 pieces can't be trained"):
         Tokenizer.train(TEXTS, size=20, path=missing)
     assert list(tmp_path.iterdir()) == [other]
+
+
+@pytest.mark.parametrize("glue", ["\n", " ", ""])
+def test_long_texts_are_trained_on_whole(glue):
+    """SentencePiece leaves texts of more than a megabyte out."""
+    letters = "ΩλθψφξΣΔ"
+    draw = random.Random(0)
+    words = ["".join(draw.choices(letters, k=5)) for _ in range(150_000)]
+    model = train_model(iter([*TEXTS, glue.join(words)]), size=700, path="m")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    assert set(letters) <= set("".join(map(processor.id_to_piece, range(700))))

@@ -6,7 +6,6 @@ Pillow keeps the high byte. A file of which it isn't clear what is meant (severa
 """
 
 import io
-import struct
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -59,12 +58,11 @@ def open_image(data: bytes, *, channels: int, background: int = WHITE) -> Image.
             image.load()
             turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
             converted = _in_eight_bits(image, background=background).convert(_PILLOW_MODES[channels])
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except UnidentifiedImageError as error:  # its text has an address in memory, another one every time
         raise DataError("the image can't be decoded (unknown format); write it again as PNG or JPEG") from error
-    # Pillow's plug-ins report damaged files by each of these.
-    except (OSError, ValueError, SyntaxError, EOFError, struct.error, Image.DecompressionBombError) as error:
+    except Exception as error:  # what Pillow's plug-ins report damaged files by has no end
         raise DataError(f"the image can't be decoded ({error}); write it again as PNG or JPEG") from error
     return converted if turn is None else converted.transpose(turn)
 

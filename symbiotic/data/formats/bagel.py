@@ -18,7 +18,7 @@ def text_to_image(value: Any, name: str) -> dict[str, Any]:
     """``captions``, a JSON object of captions by name, and ``image``, which is drawn from one of them."""
     try:
         captions = json.loads(need(value, "captions", str))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"captions isn't JSON ({error}); it is an object of captions by name") from error
     texts = _texts(list(captions.values()) if isinstance(captions, dict) else None, "captions")
     own = identity(value, name)

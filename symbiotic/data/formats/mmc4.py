@@ -19,9 +19,17 @@ def to_record(value: Any, name: str) -> dict[str, Any]:
         place = need(image, "matched_text_index", int)
         if isinstance(place, bool) or not 0 <= place < len(texts):
             raise DataError(f"image_info[{number}] is matched with text {place} and there are {len(texts)} texts")
-        content = image_value(image.get("image_base64") or image.get("image_name"), f"image_info[{number}]")
+        content = image_value(_content(image), f"image_info[{number}]")
         before.setdefault(place, []).append({"type": "image", "image": content, "use": "understand"})
     segments: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
         segments += [*before.get(number, []), {"type": "text", "text": text}]
     return {"id": identity(value, name), "segments": segments, "meta": source_of(value)}
+
+
+def _content(image: dict[str, Any]) -> Any:
+    """The base64 text, said to be that, or the path."""
+    encoded = image.get("image_base64")
+    if isinstance(encoded, str) and encoded and not encoded.startswith("data:"):
+        return f"data:;base64,{encoded}"
+    return encoded or image.get("image_name")

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from symbiotic.data.readers.records import DECODER, MAX_RECORD_BYTES, Chunk, RawRecord, Unreadable
+from symbiotic.data.readers.records import DECODER, MAX_RECORD_BYTES, Chunk, RawRecord, Unreadable, whole_file
 from symbiotic.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
@@ -14,9 +14,12 @@ _SPACE = " \t\r\n"
 
 
 def split(path: Path, chunk_bytes: int) -> list[Chunk]:
-    """The whole file as one chunk."""
-    size = path.stat().st_size
-    return [Chunk(file=str(path), start=0, end=size, num_bytes=size)] if size else []
+    """The whole file as one chunk.
+
+    Raises:
+        DataError: the file has no byte, which no array can be.
+    """
+    return whole_file(path)
 
 
 def read(chunk: Chunk, columns: Sequence[str] | None) -> Iterator[RawRecord | Unreadable]:

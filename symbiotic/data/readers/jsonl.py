@@ -13,7 +13,14 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 
-from symbiotic.data.readers.records import MAX_RECORD_BYTES, Chunk, RawRecord, Unreadable, parse_json
+from symbiotic.data.readers.records import (
+    MAX_RECORD_BYTES,
+    Chunk,
+    RawRecord,
+    Unreadable,
+    parse_json,
+    whole_file,
+)
 from symbiotic.errors import DataError
 
 _COUNT_BYTES = 1 << 20
@@ -29,9 +36,12 @@ def split(path: Path, chunk_bytes: int) -> list[Chunk]:
 
 
 def split_compressed(path: Path, chunk_bytes: int) -> list[Chunk]:
-    """The whole file as one chunk: a compressed stream can't be entered in the middle."""
-    size = path.stat().st_size
-    return [Chunk(file=str(path), start=0, end=size, num_bytes=size)] if size else []
+    """The whole file as one chunk: a compressed stream can't be entered in the middle.
+
+    Raises:
+        DataError: the file has no byte, which no stream can be.
+    """
+    return whole_file(path)
 
 
 def count_lines(chunk: Chunk) -> int:

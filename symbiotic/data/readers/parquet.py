@@ -50,15 +50,30 @@ def read(chunk: Chunk, columns: Sequence[str] | None) -> Iterator[RawRecord | Un
         rows = max(sum(file.metadata.row_group(group).num_rows for group in groups), 1)
         try:
             for batch in file.iter_batches(batch_size=_BATCH_ROWS, row_groups=list(groups), columns=wanted):
-                for value in batch.to_pylist():
+                for value in _values(batch):
                     done = row - chunk.first_line
                     share = chunk.num_bytes * (done + 1) // rows - chunk.num_bytes * done // rows
-                    yield RawRecord(chunk.file, row, _without_nulls(value), share)
+                    if isinstance(value, Exception):
+                        yield Unreadable(chunk.file, row, f"the row can't be read ({_one_line(value)})", share)
+                    else:
+                        yield RawRecord(chunk.file, row, _without_nulls(value), share)
                     row += 1
         except (pa.ArrowException, OSError, ValueError) as error:
             if isinstance(error, DataError):
                 raise
             raise DataError(f"{chunk.file}: damaged after row {row - 1} ({_one_line(error)}); copy it again") from error
+
+
+def _values(batch: pa.RecordBatch) -> Iterator[Any]:
+    """The rows of a batch; in place of one that Python has no value for, such as text that isn't UTF-8, the error."""
+    try:
+        yield from batch.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError):
+        for number in range(batch.num_rows):
+            try:
+                yield batch.slice(number, 1).to_pylist()[0]
+            except (pa.ArrowException, ValueError, OverflowError) as error:
+                yield error
 
 
 def _opened(path: str) -> pq.ParquetFile:

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from symbiotic.errors import DataError
@@ -29,6 +30,18 @@ class Chunk:
     end: int
     first_line: int = 1
     num_bytes: int
+
+
+def whole_file(path: Path) -> list[Chunk]:
+    """One chunk for a file that can't be entered in the middle.
+
+    Raises:
+        DataError: it is empty, as a copy that failed leaves it.
+    """
+    size = path.stat().st_size
+    if not size:
+        raise DataError(f"{path}: the file has no byte; copy it again, or leave it out")
+    return [Chunk(file=str(path), start=0, end=size, num_bytes=size)]
 
 
 class RawRecord(NamedTuple):
