@@ -63,7 +63,12 @@ CHAT_TEMPLATE = """\
 {%- if message['content'] is string -%}
 {{ message['content'] }}
 {%- else -%}
-{%- for part in message['content'] -%}{{ part['text'] if part['type'] == 'text' }}{%- endfor -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] != 'text' -%}
+{{ raise_exception('This template knows text only; give images to the processor, as segments of a document.') }}
+{%- endif -%}
+{{ part['text'] }}
+{%- endfor -%}
 {%- endif -%}
 {{ '\n' }}
 {%- endfor -%}

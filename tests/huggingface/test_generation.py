@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from symbiotic.huggingface.modeling.generation_symbiotic import ImageSpanLogitsProcessor
 from symbiotic.huggingface.modeling.modeling_symbiotic import SymbioticForCausalLM
@@ -165,6 +166,37 @@ def test_guidance_in_a_batch_of_unequal_rows(model: SymbioticForCausalLM) -> Non
 def test_guidance_with_beams_is_refused(model: SymbioticForCausalLM) -> None:
     with pytest.raises(ValueError, match="needs num_beams=1"):
         generate(model, torch.tensor([TEXT + DRAW_2X3]), max_new_tokens=2, guidance_scale=2.0, num_beams=2)
+    with pytest.raises(ValueError, match="needs num_beams=1"):
+        settings = GenerationConfig(num_beams=2, guidance_scale=2.0)
+        generate(model, torch.tensor([TEXT + DRAW_2X3]), generation_config=settings)
+
+
+def test_guidance_of_a_generation_config_is_ours(model: SymbioticForCausalLM) -> None:
+    prompt, settings = torch.tensor([TEXT + DRAW_2X3]), {"max_new_tokens": 9, "do_sample": False}
+    expected = generate(model, prompt, guidance_scale=3.0, **settings)
+    assert not torch.equal(expected, generate(model, prompt, **settings))
+    model.generation_config.guidance_scale = 3.0
+    try:
+        assert torch.equal(generate(model, prompt, generation_config=GenerationConfig(**settings)), expected)
+    finally:
+        model.generation_config.guidance_scale = None
+    config = GenerationConfig(guidance_scale=3.0, **settings)
+    assert torch.equal(generate(model, prompt, generation_config=config), expected)
+    assert torch.equal(generate(model, torch.tensor([TEXT]), generation_config=config),
+                       generate(model, torch.tensor([TEXT]), **settings))  # fmt: skip
+
+
+def test_one_negative_prompt_serves_all_rows(model: SymbioticForCausalLM) -> None:
+    rows = torch.tensor([TEXT + DRAW_2X3] * 2)
+    with pytest.raises(ValueError, match="negative_prompt_ids has 2 rows"):
+        generate(model, rows, max_new_tokens=2, guidance_scale=2.0, negative_prompt_ids=torch.tensor([[5], [6]]))
+    with pytest.raises(ValueError, match="negative_prompt_attention_mask: one prompt serves all rows"):
+        generate(model, rows, max_new_tokens=2, guidance_scale=2.0, negative_prompt_attention_mask=torch.ones(1, 1))
+
+
+def test_a_setting_that_forbids_all_of_an_image_is_named(model: SymbioticForCausalLM) -> None:
+    with pytest.raises(ValueError, match=r"row 0: other settings .* forbid every id"):
+        generate(model, torch.tensor([TEXT + DRAW_2X3]), max_new_tokens=9, no_repeat_ngram_size=1)
 
 
 def test_bfloat16_draws_well_formed_images() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -96,3 +98,51 @@ def test_text_pipeline(folder: Path) -> None:
     generate = pipeline("text-generation", model=str(folder), trust_remote_code=True)
     (row,) = generate("Draw a", max_new_tokens=4, do_sample=False)
     assert row["generated_text"].startswith("Draw a")
+
+
+def test_autocast_trains_and_routes_in_the_routers_dtype(folder: Path, batch: BatchFeature) -> None:
+    model = load(folder)
+    found: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for module in model.modules():
+        if type(module).__name__ == "SymbioticRouter":
+            module.register_forward_hook(lambda module, inputs, output: found.append(output))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(**batch, labels=batch["input_ids"]).loss
+    loss.backward()
+    assert found and all(weights.dtype == torch.float32 for _, weights in found)
+    assert all(weight.grad.isfinite().all() for weight in model.parameters() if weight.grad is not None)
+
+
+def test_a_codec_comes_out_of_the_hubs_cache(folder: Path, tmp_path: Path) -> None:
+    repository, commit = tmp_path / "cache" / "models--me--model", "a" * 40
+    shutil.copytree(folder, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    settings = {"cache_dir": tmp_path / "cache", "local_files_only": True, "trust_remote_code": True}
+    processor = AutoProcessor.from_pretrained("me/model", **settings)
+    local = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    assert processor.codec.digest == local.codec.digest
+
+
+def test_only_the_folders_own_codec_is_saved(folder: Path, corpus: Corpus, tmp_path: Path) -> None:
+    mine = shutil.copytree(corpus.folder / "codec", tmp_path / "mine" / "codec")
+    without = shutil.copytree(folder, tmp_path / "without", ignore=shutil.ignore_patterns("codec"))
+    for source, saved in ((folder, True), (without, False)):
+        processor = AutoProcessor.from_pretrained(source, codec=mine, trust_remote_code=True)
+        assert processor.codec.codebook_size == 16
+        processor.save_pretrained(tmp_path / f"saved-{saved}")
+        assert (tmp_path / f"saved-{saved}" / "codec" / "codec.json").exists() == saved
+    again = AutoProcessor.from_pretrained(tmp_path / "saved-True", trust_remote_code=True)
+    again.save_pretrained(tmp_path / "saved-True")
+
+
+def test_chat_template_refuses_images_and_takes_text(folder: Path) -> None:
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    chat = [{"role": "user", "content": [{"type": "text", "text": "What is this?"}]}]
+    assert processor.apply_chat_template(chat) == "What is this?\n"
+    inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True)
+    assert torch.equal(inputs["input_ids"], processor("What is this?\n")["input_ids"])
+    chat[0]["content"].insert(0, {"type": "image", "image": "a.png"})
+    for template in (processor.apply_chat_template, processor.tokenizer.apply_chat_template):
+        with pytest.raises(jinja2.TemplateError, match="as segments of a document"):
+            template(chat, tokenize=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
+from symbiotic.data.codecs import read_image
 from symbiotic.data.dataset import SinglePass
 from symbiotic.data.shards import DocumentRecord, ShardWriter
 from symbiotic.data.sources import open_dataset
@@ -102,8 +104,65 @@ def test_open_image_and_left_padding(processor: SymbioticProcessor, corpus: Corp
         ({"type": "image", "use": "admire", "size": (2, 2)}, "use of understand or generate"),
         ({"type": "image", "use": "understand", "codes": [[1, 2], [3, 16]]}, "outside the codebook of 16"),
         ({"type": "image", "use": "understand", "image": np.zeros((3, 4), np.uint8)}, "3x4 pixels can't be cut"),
+        ({"type": "image", "use": "understand", "image": np.zeros((4, 4))}, "type float64 and shape .* open a file"),
+        ({"type": "image", "use": "understand", "image": np.zeros((4, 4, 3), np.uint8)}, r"shape \(4, 4, 3\)"),
+        ({"type": "image", "use": "understand", "image": "a.png"}, "type str .* open a file with PIL"),
+        ({"type": "image", "use": "understand", "image": Image.new("F", (4, 4))}, "floating-point pixels"),
+        ({"type": "image", "use": "understand", "size": (2, 2)}, "of an image to generate"),
+        ({"type": "image", "use": "generate", "size": 2}, "of an image to generate"),
+        ({"type": "image", "use": "generate", "codes": [[1.5, 2], [3, 4]]}, "not float64 of shape"),
+        ({"type": "image", "use": "generate"}, "one of image, codes and size, this one has type, use"),
+        ({"text": "draw"}, "neither text nor an image"),
+        (7, "7 is neither a string nor a dict"),
     ],
 )
 def test_mistakes_are_named(processor: SymbioticProcessor, segment: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         processor([[segment]])
+
+
+DRAW = {"type": "image", "use": "generate", "size": (2, 3)}
+
+
+@pytest.mark.parametrize("documents", [["Draw.", DRAW], [DRAW], [{"role": "user", "content": "hi"}], [], DRAW, None])
+def test_what_is_no_list_of_documents_is_refused(processor: SymbioticProcessor, documents: object) -> None:
+    with pytest.raises(ValueError, match=r"give a list of documents, .*: \[\[segment, ...\], ...\]$"):
+        processor(documents)
+
+
+def test_an_image_to_draw_comes_last(processor: SymbioticProcessor) -> None:
+    with pytest.raises(ValueError, match="that image comes last"):
+        processor([["a", DRAW, "b"]])
+
+
+def test_callers_of_other_processors(processor: SymbioticProcessor) -> None:
+    expected = processor("Draw.")["input_ids"]
+    assert torch.equal(processor(text=["Draw."], images=None, padding=True, padding_side="left")["input_ids"], expected)
+    for settings in ({"images": [1]}, {"padding": "max_length"}, {"truncation": True}):
+        with pytest.raises(ValueError, match=f"{next(iter(settings))}=.* is not supported"):
+            processor(text="Draw.", **settings)
+
+
+def test_damaged_rows_are_refused(processor: SymbioticProcessor) -> None:
+    row = processor([[{"type": "image", "use": "generate", "codes": [[1, 2], [3, 4]]}]])["input_ids"][0]
+    for position in (2, 4):  # a code, an end of row
+        wrong = row.clone()
+        wrong[position] = 3
+        with pytest.raises(ValueError, match="the image at position 0 holds ids that are no codes of it"):
+            processor.image_codes(wrong)
+    for read in (processor.image_codes, processor.decode):
+        with pytest.raises(ValueError, match=r"ids of shape \(1, 9\) are not one row"):
+            read(row[None])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_photographs_have_the_codes_of_training(
+    processor: SymbioticProcessor, corpus: Corpus, orientation: int, format: str
+) -> None:
+    pixels = np.random.default_rng(8).integers(0, 256, (4, 6), dtype=np.uint8)
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(buffer, format, exif=exif)
+    expected = corpus.codec.encode(read_image(buffer.getvalue(), channels=1))
+    assert np.array_equal(processor.codec.encode(Image.open(buffer)), expected)

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,13 +37,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def in_eight_bits(image: Image.Image) -> Image.Image:
-    """A picture as in training: grey of 16 bits divided by 257 and rounded, transparent pixels on white."""
+    """A picture as in training: grey of 16 bits divided by 257 and rounded, transparent pixels on white.
+
+    Raises:
+        ValueError: its pixels are floating-point numbers, whose white isn't known.
+    """
+    if image.mode == "F":
+        raise ValueError("the picture has floating-point pixels, whose white isn't known; give it with 8 bits")
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64).clip(0, 65535)
         return Image.fromarray(((values + 128) // 257).astype(np.uint8))
     if not image.has_transparency_data:
         return image.convert("RGB")
-    picture = image.convert("RGBA")
+    # From premultiplied grey ("La") Pillow knows one way only.
+    picture = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
@@ -70,14 +77,22 @@ class Codec:
     digest: str
 
     def encode(self, image: Image.Image | np.ndarray) -> np.ndarray:
-        """Codes int64 [rows, columns] of a picture, or of pixels uint8 [height, width(, channels)].
+        """Codes int64 [rows, columns] of a picture, brought upright, or of pixels uint8 [height, width(, channels)].
 
         Raises:
-            ValueError: the stride doesn't divide the size.
+            ValueError: it is neither, or the stride doesn't divide the size.
         """
         if isinstance(image, Image.Image):
+            image.load()  # a TIFF is brought upright by that
+            image = ImageOps.exif_transpose(image)
             image = np.asarray(in_eight_bits(image).convert("L" if self.channels == 1 else "RGB"))
-        pixels = np.asarray(image).reshape(*np.shape(image)[:2], self.channels)
+        shape, dtype = np.shape(image), getattr(image, "dtype", type(image).__name__)
+        if dtype != np.uint8 or len(shape) not in (2, 3) or (*shape, 1)[2] != self.channels:
+            raise ValueError(
+                f"an image of type {dtype} and shape {shape} is neither a picture nor pixels uint8 [height, width, "
+                f"{self.channels}]; open a file with PIL.Image.open"
+            )
+        pixels = np.asarray(image).reshape(*shape[:2], self.channels)
         height, width = pixels.shape[:2]
         if height % self.stride or width % self.stride:
             raise ValueError(f"an image of {height}x{width} pixels can't be cut into patches of {self.stride}")

@@ -89,7 +89,14 @@ class ImageSpanLogitsProcessor(LogitsProcessor):
         if self.forbidden.device != scores.device:
             self.forbidden = self.forbidden.to(scores.device)
             self.resolution_table = self.resolution_table.to(scores.device)
-        return scores.masked_fill(self.forbidden[self.expected(input_ids)], float("-inf"))
+        scores = scores.masked_fill(self.forbidden[self.expected(input_ids)], float("-inf"))
+        nothing_left = scores.isneginf().all(dim=-1)
+        if nothing_left.any():
+            raise ValueError(
+                f"row {int(nothing_left.nonzero()[0])}: other settings of generate(), such as no_repeat_ngram_size, "
+                "forbid every id that can come next here; leave them out, or let them spare images"
+            )
+        return scores
 
 
 class ImageGuidanceLogitsProcessor(LogitsProcessor):
@@ -110,6 +117,10 @@ class ImageGuidanceLogitsProcessor(LogitsProcessor):
         self.scale = scale
         self.images = ImageVocabulary(model.config.image_vocabulary)
         prompt = torch.empty(0, dtype=torch.long) if negative_prompt_ids is None else negative_prompt_ids
+        if prompt.ndim > 1 and len(prompt) > 1:
+            raise ValueError(
+                f"negative_prompt_ids has {len(prompt)} rows; one prompt [n] or [1, n] serves all rows of the batch"
+            )
         self.negative_prompt_ids = prompt.reshape(-1).to(model.device)
         self._starts: Tensor | None = None
         self._rows: Tensor | None = None

@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
@@ -26,6 +26,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
+from transformers.utils.generic import maybe_autocast
 
 from .configuration_symbiotic import SymbioticConfig
 from .generation_symbiotic import ImageGuidanceLogitsProcessor, ImageSpanLogitsProcessor, ImageVocabulary, Refusals
@@ -226,7 +227,9 @@ class SymbioticRouter(nn.ModuleDict):
         """Logits [N, C] of rows [N, h] in the router's dtype, -inf outside each row's own router [N]."""
         dtype = self.dtype or rows.dtype
         weight = torch.cat([gate() for gate in self.values()])
-        logits_NC = nn.functional.linear(rows.to(dtype), weight.to(dtype))
+        # Under autocast the choice of experts would change with the rounding of its dtype.
+        with maybe_autocast(device_type=rows.device.type, enabled=False):
+            logits_NC = nn.functional.linear(rows.to(dtype), weight.to(dtype))
         return logits_NC.masked_fill(router_ids.unsqueeze(1) != self.router_of_column, float("-inf"))
 
     def ranking(self, logits_NC: Tensor) -> Tensor:
@@ -285,7 +288,8 @@ class SymbioticExperts(nn.ModuleList):
             for expert, chunk, weights in zip(self, row_chunks, weight_chunks, strict=True)
             if len(chunk)
         ]
-        return torch.zeros_like(rows).index_add_(0, source, torch.cat(outputs))
+        # Under autocast the experts' dtype is another one.
+        return torch.zeros_like(rows).index_add_(0, source, torch.cat(outputs).to(rows.dtype))
 
 
 class SymbioticMoE(nn.Module):
@@ -569,27 +573,36 @@ class SymbioticForCausalLM(Refusals, SymbioticPreTrainedModel, GenerationMixin):
     def generate(
         self,
         inputs: Tensor | None = None,
-        *args,
+        generation_config: GenerationConfig | None = None,
         logits_processor: list[LogitsProcessor] | None = None,
+        *args,
         guidance_scale: float | None = None,
         negative_prompt_ids: Tensor | None = None,
         **kwargs,
     ) -> GenerateOutput | Tensor:
         """``GenerationMixin.generate`` with ImageSpanLogitsProcessor always in the chain.
 
-        ``guidance_scale`` other than 1 guides images to generate, see ImageGuidanceLogitsProcessor; it needs plain
-        sampling or greedy search, without beams.
+        ``guidance_scale`` other than 1, given here or in the generation config, guides images to generate, see
+        ImageGuidanceLogitsProcessor; it needs plain sampling or greedy search, without beams.
         """
         processors = LogitsProcessorList(logits_processor or [])
+        # As transformers resolves them: the argument, then the config that is given, then the model's own.
+        configs = (generation_config, self.generation_config)
+        scales = (guidance_scale, *(getattr(config, "guidance_scale", None) for config in configs))
+        beams = (kwargs.get("num_beams"), *(getattr(config, "num_beams", None) for config in configs))
+        guidance_scale = next((scale for scale in scales if scale is not None), None)
         if guidance_scale not in (None, 1.0):
             if self.model.images is None:
                 raise ValueError("guidance_scale guides images, and this model's vocabulary has none")
-            if kwargs.get("num_beams", 1) != 1:
+            if next((number for number in beams if number is not None), 1) != 1:
                 raise ValueError("guidance_scale needs num_beams=1: beams are reordered, its second pass is not")
+            if kwargs.pop("negative_prompt_attention_mask", None) is not None:
+                raise ValueError("negative_prompt_attention_mask: one prompt serves all rows and has no mask")
             processors.append(ImageGuidanceLogitsProcessor(self, guidance_scale, negative_prompt_ids))
+            kwargs["guidance_scale"] = 1.0  # transformers' own guidance knows no token types
         if self.model.images is not None:
             processors.append(ImageSpanLogitsProcessor(self.config))
-        return super().generate(inputs, *args, logits_processor=processors, **kwargs)
+        return super().generate(inputs, generation_config, processors, *args, **kwargs)
 
 
 __all__ = ["SymbioticForCausalLM", "SymbioticModel", "SymbioticPreTrainedModel"]
