@@ -77,6 +77,13 @@ class _Rotation:
         for share in shares:
             reached += share
             bounds.append(round(_ONE * reached / total))
+        for number, low, high in zip(drawn, [0, *bounds], bounds, strict=False):
+            if low == high:
+                name = names[number]
+                raise DataError(
+                    f"data source {name!r} has weight {weights[name]:g}, a share too small to draw; raise it or leave "
+                    "the source out"
+                )
         self._drawn = np.array(drawn)
         self._upper = bounds
         self._inner = np.array(bounds[:-1], dtype=np.uint64)
@@ -126,6 +133,7 @@ class BlendedDataset:
         self.names = [source.name for source in sources]
         self.sequence_length = _checked_length(self.sources)
         _check_mixtures(mixtures, names=self.names)
+        self._mixtures = list(mixtures)
         self._starts = [mixture.first_sample for mixture in mixtures]
         self._rotations = [_Rotation(mixture.weights, names=self.names, seed=seed) for mixture in mixtures]
         self._identity = {
@@ -172,8 +180,19 @@ class BlendedDataset:
             "next_sample": index,
             "windows_read": self.counts(index),
             "origin": origin,
+            "order": self._order(index),
             "identity": self._identity,
         }
+
+    def _order(self, index: int) -> dict[str, Any]:
+        """What draws the sources of the samples from the origin to before ``index``, as plain values."""
+        later = [mixture.first_sample for mixture in self._mixtures[1:]] + [index]
+        mixtures = [
+            [mixture.first_sample, _shares(mixture.weights)]
+            for mixture, end in zip(self._mixtures, later, strict=True)
+            if mixture.first_sample < index and end > self._origin
+        ]
+        return {"sources": list(self.names), "mixtures": mixtures}
 
     def load_state(self, state: Mapping[str, Any], *, accept_changes: bool = False) -> list[str]:
         """Go on from a saved state, and say what differs from the run that saved it.
@@ -230,6 +249,16 @@ class BlendedDataset:
                 differences.append(
                     f"source {name!r} had read {before} windows where its weights now give {counts[name]}"
                 )
+        # Counts may agree by chance. States from before the order was recorded have none.
+        order = self._order(int(state["next_sample"]))
+        before = state.get("order", order)
+        if not differences and before["sources"] != order["sources"]:
+            differences.append(
+                f"the sources stood in the order {', '.join(before['sources'])} and stand in the order "
+                f"{', '.join(order['sources'])}"
+            )
+        if not differences and before["mixtures"] != order["mixtures"]:
+            differences.append(f"the shares by first sample were {before['mixtures']} and are {order['mixtures']}")
         return differences
 
     def _compute_block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
@@ -272,6 +301,12 @@ def _checked_length(sources: Sequence[DocumentDataset]) -> int:
     lengths = {source.sequence_length for source in sources}
     assert len(lengths) == 1, f"sources of different sequence lengths: {lengths}"
     return lengths.pop()
+
+
+def _shares(weights: Mapping[str, float]) -> dict[str, float]:
+    """The sources that are drawn, in the order of their names, and their share."""
+    total = sum(weights.values())
+    return {name: weights[name] / total for name in sorted(weights) if weights[name] > 0}
 
 
 def _check_mixtures(mixtures: Sequence[Mixture], *, names: Sequence[str]) -> None:

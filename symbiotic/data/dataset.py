@@ -77,7 +77,8 @@ class DocumentDataset:
             self._pieces = pieces
         self._plans: OrderedDict[int, WindowPlan] = OrderedDict()
         self._epoch_starts = [0]
-        if not len(self.plan(0)):
+        self._num_windows = len(self.plan(0))
+        if not self._num_windows:
             raise DataError(f"data source {name!r} holds no document of two tokens or more; check its prefix")
 
     @property
@@ -134,7 +135,7 @@ class DocumentDataset:
         around images; only then the plans of the epochs before must be built once.
         """
         if self._packing == "best_fit" or not len(self._images):
-            return divmod(index, len(self.plan(0)))
+            return divmod(index, self._num_windows)
         while index >= self._epoch_starts[-1]:
             epoch = len(self._epoch_starts) - 1
             self._epoch_starts.append(self._epoch_starts[-1] + len(self.plan(epoch)))

@@ -16,10 +16,10 @@ from symbiotic.tokens.vocabulary import VocabularyLayout
 
 
 class ShardBlock:
-    """All documents of an open shard: a `StoredBlock`. Nothing of its tokens is held."""
+    """All documents of a shard: a `StoredBlock`. No file of it stays open, as a merge may have thousands."""
 
     def __init__(self, shard: Shard) -> None:
-        self._shard = shard
+        self._prefix = shard.prefix
         self.num_tokens = shard.num_tokens
         self.num_segments = shard.num_segments
         self.num_documents = shard.num_documents
@@ -27,23 +27,23 @@ class ShardBlock:
 
     def tokens_at(self) -> tuple[Path, int]:
         """File of the tokens and the byte they start at."""
-        return shard_path(self._shard.prefix, ".bin"), 0
+        return shard_path(self._prefix, ".bin"), 0
 
     def lengths(self) -> np.ndarray:
         """int32 [segments]."""
-        return self._shard.lengths
+        return Shard.open(self._prefix).lengths
 
     def modes(self) -> np.ndarray:
         """int8 [segments]."""
-        return self._shard.index.modes
+        return Shard.open(self._prefix).index.modes
 
     def segment_counts(self) -> np.ndarray:
         """int64 [documents]."""
-        return np.diff(self._shard.first_segments)
+        return np.diff(Shard.open(self._prefix).first_segments)
 
     def tables(self) -> Iterator[pa.Table]:
         """The rows of the documents, a row group at a time."""
-        with pq.ParquetFile(shard_path(self._shard.prefix, ".docs.parquet")) as file:
+        with pq.ParquetFile(shard_path(self._prefix, ".docs.parquet")) as file:
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group)
 

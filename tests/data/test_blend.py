@@ -128,6 +128,31 @@ def test_changes_are_refused_by_name(shards, options, phrase):
     assert phrase in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "phrase"),
+    [
+        ({"names": "ba"}, r"the sources stood in the order a, b and stand in the order b, a"),
+        ({"mixtures": [Mixture(0, {"a": 1.0, "b": 1.01})]}, r"the shares by first sample were .*'b': 0\.5}.* and are"),
+    ],
+)
+def test_another_order_is_refused_where_the_counts_agree(shards, options, phrase):
+    even = {"names": "ab", "mixtures": [Mixture(0, {"a": 1.0, "b": 1.0})]}
+    blend, changed = make_blend(shards, **even), make_blend(shards, **(even | options))
+    same = [index for index in range(1, 300) if blend.counts(index) == changed.counts(index)]
+    assert len(same) > 50
+    for index in same:
+        with pytest.raises(DataError, match=phrase):
+            changed.load_state(blend.state(index))
+    scaled = make_blend(shards, names="ab", mixtures=[Mixture(0, {"a": 2.0, "b": 2.0})])
+    assert scaled.load_state(blend.state(100)) == []
+
+
+@pytest.mark.parametrize("weights", [{"a": 1e-25, "b": 1.0}, {"a": 1.0, "b": 1e-25}])
+def test_a_share_too_small_to_draw_is_named(shards, weights):
+    with pytest.raises(DataError, match="has weight 1e-25, a share too small to draw"):
+        make_blend(shards, mixtures=[Mixture(0, weights)])
+
+
 def test_changes_outside_the_past_are_no_changes(shards):
     later = [*STAGES[:2], Mixture(1500, {"c": 1.0})]
     assert make_blend(shards, mixtures=later).load_state(make_blend(shards).state(1500)) == []

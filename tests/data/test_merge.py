@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from dataclasses import replace
@@ -143,3 +144,17 @@ def test_jobs_without_a_document_are_no_gap(tmp_path):
     record.unlink()
     with pytest.raises(DataError, match=f"job_rare-{without[0]:05d}-of-00006 is not among the shards"):
         shard_prefixes(words)
+
+
+def test_more_shards_than_files_may_be_open_are_merged(tmp_path):
+    prefixes = [tmp_path / f"{number:03d}" for number in range(40)]
+    for number, prefix in enumerate(prefixes):
+        write_shard(prefix, [[Text((number, 1))]], VOCABULARY)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 30, hard))
+    try:
+        manifest = merge_shards(prefixes, output=tmp_path / "all", vocabulary=VOCABULARY)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert manifest["documents"] == 40
+    assert verify_shard(tmp_path / "all", vocabulary=VOCABULARY) == manifest
