@@ -7,16 +7,19 @@ another name. Layout::
     "SYMCACHE" | u32 length of the header | u32 CRC-32 of the header | header, JSON | arrays, each at a multiple of 64
 
 The header has each array's name, dtype, length, place and CRC-32. A file appears by rename, after an fsync, from a
-temporary name that no other process uses: processes that build the same file at once write the same bytes, and
-there is no lock that a dead one could leave behind. Any file may be removed at any time.
+temporary name that no other process uses: processes that build the same file at once write the same bytes. The
+lock that lets one of a node build while the others wait is the system's, and ends with its process. Any file may be
+removed at any time.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
 import struct
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +71,45 @@ class IndexCache:
         path = self.path(key)
         if path is None:
             return build()
+        digest = digest_of(key)
+        with contextlib.suppress(_TornError, OSError):
+            return _read(path, digest)
+        with _only_builder(path):
+            return _read_or_built(path, digest, build)
+
+
+def _read_or_built(path: Path, digest: str, build: Callable[[], Arrays]) -> Arrays:
+    try:
+        return _read(path, digest)
+    except FileNotFoundError:
+        pass
+    except (_TornError, OSError) as error:
+        logger.warning("%s: the index cache is damaged (%s); it is built again", path, error)
+    arrays = build()
+    try:
+        _write(path, digest, arrays)
+        return _read(path, digest)
+    except (OSError, _TornError) as error:
+        logger.warning("%s: the index cache can't be written (%s); going on without it", path, error)
+        return arrays
+
+
+@contextlib.contextmanager
+def _only_builder(path: Path) -> Iterator[None]:
+    """Let the ranks and workers of a node build ``path`` one after the other: who comes second finds it built.
+
+    At the end of an epoch all of them need the same plan at once. Where there can be no lock, everyone builds.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    with contextlib.ExitStack() as stack:
         try:
-            return _read(path, digest_of(key))
-        except FileNotFoundError:
-            pass
-        except (_TornError, OSError) as error:
-            logger.warning("%s: the index cache is damaged (%s); it is built again", path, error)
-        arrays = build()
-        try:
-            _write(path, digest_of(key), arrays)
-            return _read(path, digest_of(key))
-        except (OSError, _TornError) as error:
-            logger.warning("%s: the index cache can't be written (%s); going on without it", path, error)
-            return arrays
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(lock, "wb"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+            stack.callback(lock.unlink, missing_ok=True)
+        except OSError as error:
+            logger.debug("%s: no lock (%s)", lock, error)
+        yield
 
 
 def digest_of(key: Mapping[str, Any]) -> str:

@@ -3,7 +3,9 @@
 import logging
 import os
 import shutil
+import time
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -294,3 +296,29 @@ def test_a_wrong_list_is_refused(tmp_path, lines, message):
 def test_a_pattern_without_shard_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"nothing-\*: no file fits"):
         shard_prefixes(str(tmp_path / "nothing-*"), format="symbiotic")
+
+
+def _build_slowly(cache: Path, log: Path, gate) -> None:
+    def build() -> dict[str, np.ndarray]:
+        with open(log, "a") as file:
+            file.write("built\n")
+        time.sleep(0.5)
+        return {"values": np.arange(5)}
+
+    gate.wait()
+    assert IndexCache(cache).arrays({"kind": "slow"}, build)["values"].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_one_process_of_a_node_builds_and_the_others_wait(tmp_path):
+    context = get_context("fork")
+    gate = context.Barrier(4)
+    processes = [
+        context.Process(target=_build_slowly, args=(tmp_path / "cache", tmp_path / "log", gate)) for _ in range(4)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert (tmp_path / "log").read_text() == "built\n"
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".symcache"]
