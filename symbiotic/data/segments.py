@@ -31,14 +31,16 @@ class ResolutionTable:
         span = ids[-1] - ids[0] + 2 if ids else 1
         self._rows = np.zeros(span, dtype=np.int64)
         self._columns = np.zeros(span, dtype=np.int64)
+        self._last = np.uint64(span - 1)
         for token, (rows, columns) in vocabulary.resolutions.items():
             self._rows[token - self._first] = rows
             self._columns[token - self._first] = columns
 
     def lookup(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns, int64 like ``tokens``; both 0 where a token is no resolution."""
-        places = tokens.astype(np.int64) - self._first
-        places = np.where((places < 0) | (places >= len(self._rows)), len(self._rows) - 1, places)
+        # Without sign a place before the first one lies behind the last one too.
+        places = (tokens.astype(np.int64) - self._first).view(np.uint64)
+        places = np.minimum(places, self._last).view(np.int64)
         return self._rows[places], self._columns[places]
 
 

@@ -167,11 +167,11 @@ class WindowReader:
         for name in ("tokens", "token_types", "image_span_ids"):
             stream[name].take(input_N, out=sample[name][:total], mode="clip")
         label_N = input_N + 1
-        sample["labels"][:total] = stream["tokens"][label_N]
-        sample["loss_classes"][:total] = stream["loss_classes"][label_N]
-        sample["loss_weights"][:total] = stream["has_loss"][label_N]
+        stream["tokens"].take(label_N, out=sample["labels"][:total], mode="clip")
+        stream["loss_classes"].take(label_N, out=sample["loss_classes"][:total], mode="clip")
+        sample["loss_weights"][:total] = stream["has_loss"].take(label_N, mode="clip")
         sample["document_ids"][:total] = piece_N
-        sample["documents"] = np.stack([shard_P, document_P], axis=1)
+        sample["documents"] = np.array([shard_P, document_P]).T
         return sample
 
     def _make_padding(self) -> Sample:
@@ -206,7 +206,8 @@ class WindowReader:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Rows and columns of images, by their pieces and first tokens."""
         places = list(zip(piece_I.tolist(), start_I.tolist(), strict=True))
-        rows_I, columns_I = self._shards.resolutions.lookup(np.array([opened[p].tokens[start] for p, start in places]))
+        tokens_I = np.array([opened[piece].tokens.item(start) for piece, start in places])
+        rows_I, columns_I = self._shards.resolutions.lookup(tokens_I)
         if not rows_I.all():
             wrong = int(np.argmin(rows_I))
             self._shards.image_sizes(opened[places[wrong][0]], start_I[wrong : wrong + 1])
@@ -218,7 +219,7 @@ class WindowReader:
         for shard, document in zip(opened, document_P.tolist(), strict=True):
             first, last = shard.first_segments.item(document), shard.first_segments.item(document + 1)
             count_P.append(last - first)
-            start_P.append(shard.positions.item(first) // shard.index.dtype.itemsize)
+            start_P.append(shard.positions.item(first) // shard.tokens.itemsize)
             lengths.append(shard.lengths[first:last])
             modes.append(shard.modes[first:last])
         count_P = np.array(count_P)
@@ -229,7 +230,7 @@ class WindowReader:
         # Segments of a document lie one behind the other.
         before_K = length_K.cumsum() - length_K
         start_K = before_K + (np.array(start_P) - before_K[count_P.cumsum() - count_P]).repeat(count_P)
-        rows_K, columns_K = np.zeros_like(start_K), np.zeros_like(start_K)
+        rows_K, columns_K = np.zeros((2, len(start_K)), dtype=np.int64)
         images = is_image(type_K).nonzero()[0]
         if len(images):
             rows_K[images], columns_K[images] = self._image_sizes(opened, piece_K[images], start_K[images])
@@ -245,7 +246,7 @@ class WindowReader:
             columns_K=columns_K,
             content_K=content_K,
             last_K=last_K,
-            low_K=np.zeros_like(content_K),
+            low_K=np.zeros(len(start_K), dtype=np.int64),
             high_K=content_K,
         )
         return segments, count_P
@@ -265,7 +266,8 @@ class WindowReader:
         parts = [shard.tokens[start:end] for shard, start, end in stretches]
         # One more, as a window of nothing but an end of document has no token of a shard.
         raw = np.concatenate([*parts, [self._vocabulary.pad]], dtype=np.int64)
-        if int(raw.max()) >= self._token_limit or int(raw.min()) < 0:
+        # Without sign a negative id is one beyond the limit too.
+        if raw.view(np.uint64).max() >= self._token_limit:
             self._refuse_tokens(raw, opened)
         shift_P = (to_P - from_P).cumsum() - to_P
         return raw, segments.start_K + shift_P[new_piece.cumsum() - 1]
@@ -312,7 +314,7 @@ class WindowReader:
         count = np.maximum(high - low, 0)
         positions = _ranges(first_K[images], count)
         offset = _ranges(low, count)
-        image = np.repeat(np.arange(len(images)), count)
+        image = np.arange(len(images)).repeat(count)
         width = segments.columns_K[images][image] + 1
         place = place_K[images][image]
         row, column = np.divmod(offset - 2, width)
@@ -331,7 +333,7 @@ class WindowReader:
 
     def _close_documents(self, stream: dict[str, np.ndarray], segments: _Segments, first_K: np.ndarray) -> None:
         """Put end-of-document tokens in place, and behind each document a label that is not trained on."""
-        last = np.flatnonzero(segments.last_K)
+        last = segments.last_K.nonzero()[0]
         base = first_K[last] + segments.content_K[last] - segments.low_K[last]
         past_end = segments.high_K[last] - segments.content_K[last]
         after = base + int(self._shards.adds_eod)
@@ -346,4 +348,3 @@ class WindowReader:
         stream["token_types"][positions] = TokenType.TEXT
         stream["loss_classes"][positions] = LossClass.TEXT
         stream["has_loss"][positions] = has_loss
-        stream["image_span_ids"][positions] = NO_IMAGE

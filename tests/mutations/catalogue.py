@@ -125,8 +125,8 @@ DATA = [
     Mutation(
         name="loss-class-of-the-input",
         file="symbiotic/data/unfold.py",
-        old='stream["loss_classes"][label_N]',
-        new='stream["loss_classes"][input_N]',
+        old='stream["loss_classes"].take(label_N',
+        new='stream["loss_classes"].take(input_N',
         test="tests/data/test_dataset.py::test_a_sample_by_hand",
         why="labels counted as the class of the token before them",
     ),
