@@ -39,6 +39,20 @@ def fsync_folder(folder: Path | str) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path | str, *, remedy: str = "name another one") -> None:
+    """Make a folder to write to, with those above it, before the work whose result goes there.
+
+    Raises:
+        LaunchError: it can't be made or written to; the sentence ends in ``remedy``.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LaunchError(f"{folder} can't be made ({error.strerror}); {remedy}") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise LaunchError(f"{folder} can't be written to; {remedy}")
+
+
 @contextlib.contextmanager
 def replacing(
     path: Path | str, mode: Literal["wb", "w"] = "wb", *, keep_name: bool = True, many_nodes: bool = False

@@ -21,6 +21,7 @@ from symbiotic.analysis.exports import exported_folder
 from symbiotic.analysis.items import load_items
 from symbiotic.analysis.table import print_rows
 from symbiotic.errors import ConfigError, exits_on_user_error
+from symbiotic.files import make_folder
 
 
 def named_model(text: str) -> tuple[str, Path]:
@@ -55,6 +56,7 @@ def main() -> None:
             raise ConfigError(f"--{option.replace('_', '-')} {value} must be at least 1")
     console = Console(soft_wrap=True, highlight=False)
     items = load_items(arguments.corpus)
+    make_folder(arguments.output, remedy="give another --output")
     for name, path in arguments.model:
         folder = exported_folder(path, report=console.print)
         exported = ExportedModel.load(folder, batch_size=arguments.batch_size, device=arguments.device)

@@ -13,6 +13,7 @@ from symbiotic.data.codecs import PatchCodebook, read_image
 from symbiotic.data.formats import FORMATS
 from symbiotic.data.readers import read_documents
 from symbiotic.errors import DataError, exits_on_user_error
+from symbiotic.files import make_folder
 from symbiotic.tokens.documents import ImageSegment
 
 
@@ -63,6 +64,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.codes < 1 or arguments.stride < 1:
         raise DataError(f"--codes {arguments.codes} and --stride {arguments.stride} aren't possible; give at least 1")
+    make_folder(arguments.output, remedy="give another --output")
     images = images_of(
         arguments.input, format=arguments.format, image_root=arguments.image_root, channels=arguments.channels
     )

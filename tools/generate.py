@@ -17,7 +17,7 @@ from rich.console import Console
 from symbiotic.analysis.exported_model import ExportedModel
 from symbiotic.analysis.exports import exported_folder
 from symbiotic.errors import ConfigError, DataError, exits_on_user_error
-from symbiotic.files import replacing
+from symbiotic.files import make_folder, replacing
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -55,10 +55,10 @@ def draw(exported: ExportedModel, arguments: argparse.Namespace, console: Consol
     """Write the pictures."""
     if arguments.count < 1 or arguments.scale < 1:
         raise ConfigError(f"--count {arguments.count} and --scale {arguments.scale} must be at least 1")
+    make_folder(arguments.output, remedy="give another --output")
     size = tuple(arguments.size or exported.model.config.image_vocabulary["resolutions"][0][1:])
     prompt = exported.sequence(arguments.prompt)
     codes = exported.draw([prompt] * arguments.count, size, temperature=arguments.temperature, seed=arguments.seed)
-    arguments.output.mkdir(parents=True, exist_ok=True)
     for index, picture_codes in enumerate(codes):
         picture = exported.processor.codec.decode(picture_codes)
         picture = picture.resize([side * arguments.scale for side in picture.size], Image.Resampling.NEAREST)

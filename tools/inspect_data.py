@@ -22,7 +22,7 @@ from symbiotic.data.codecs import load_codec, png_bytes
 from symbiotic.data.inspection import DocumentViewer, Histogram, ShownSegment, length_histograms
 from symbiotic.data.shards import Shard
 from symbiotic.errors import DataError, exits_on_user_error
-from symbiotic.files import replacing, write_text
+from symbiotic.files import make_folder, replacing, write_text
 from symbiotic.tokens.tokenizer import Tokenizer
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
@@ -95,7 +95,6 @@ def document_text(segments: Sequence[ShownSegment]) -> str:
 
 def write_images(folder: Path, document: int, segments: Sequence[ShownSegment]) -> None:
     """Write the images of a document as ``DOCUMENT.SEGMENT.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
     for number, segment in enumerate(segments):
         if segment.pixels is not None:
             with replacing(folder / f"{document}.{number}.png") as file:
@@ -138,20 +137,36 @@ def write_page(
         sections.append(page.Section(f"Document {number}", "", pictures, table=table))
     facts = {"shard": shard.prefix.name, "documents": f"{shard.num_documents:,}", "tokens": f"{shard.num_tokens:,}"}
     facts |= {"vocabulary": shard.manifest["vocabulary"], "digest": shard.digest}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page.render_page(f"Shard {shard.prefix.name}", facts=facts, rows=[], sections=sections))
 
 
-@exits_on_user_error
-def main() -> None:
-    """Show what the command line asks for."""
-    arguments = parse_arguments()
+def check_options(arguments: argparse.Namespace) -> None:
+    """Refuse options that don't go together, and outputs that can't be written.
+
+    Raises:
+        UserError: naming one of them.
+    """
     if arguments.document and not (arguments.vocabulary and arguments.tokenizer):
         raise DataError("--document needs --vocabulary and --tokenizer; give the files of the corpus")
     if arguments.images and not (arguments.codec and (arguments.document or arguments.html)):
         raise DataError("--images needs --codec, and --document or --html; add them")
     if arguments.codec and not (arguments.vocabulary and arguments.tokenizer):
         raise DataError("--codec needs --vocabulary and --tokenizer; give the files of the corpus")
+    if arguments.count < 1:
+        raise DataError(f"--count {arguments.count} must be at least 1")
+    if arguments.images:
+        make_folder(arguments.images)
+    if arguments.html:
+        if arguments.html.is_dir():
+            raise DataError(f"{arguments.html} is a folder; give the file to write")
+        make_folder(arguments.html.parent)
+
+
+@exits_on_user_error
+def main() -> None:
+    """Show what the command line asks for."""
+    arguments = parse_arguments()
+    check_options(arguments)
     vocabulary = VocabularyLayout.load(arguments.vocabulary) if arguments.vocabulary else None
     shard = Shard.open(arguments.prefix, vocabulary=vocabulary)
     histograms = length_histograms(shard)

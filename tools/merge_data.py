@@ -18,6 +18,7 @@ from symbiotic.data.plan import JobShare, Splits, output_prefix
 from symbiotic.data.preprocess import RUN_SUFFIX
 from symbiotic.data.shards import FILE_SUFFIXES
 from symbiotic.errors import DataError, exits_on_user_error
+from symbiotic.files import make_folder, reporting_full_disk
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
 ENDINGS = (".manifest.json", *FILE_SUFFIXES.values(), RUN_SUFFIX, ".rejected.jsonl", ".parts")
@@ -95,7 +96,9 @@ def main() -> None:
     arguments = parse_arguments()
     prefixes = shard_prefixes(arguments.prefixes)
     vocabulary = VocabularyLayout.load(arguments.vocabulary)
-    manifest = merge_shards(prefixes, output=arguments.output, vocabulary=vocabulary)
+    make_folder(arguments.output.parent, remedy="give another --output")
+    with reporting_full_disk(arguments.output, remedy="make room and start again"):
+        manifest = merge_shards(prefixes, output=arguments.output, vocabulary=vocabulary)
     print(
         f"{arguments.output}: {manifest['documents']:,} documents, {manifest['tokens']:,} tokens of "
         f"{len(prefixes)} shards"

@@ -19,7 +19,7 @@ from symbiotic.data.codecs import load_codec
 from symbiotic.data.formats import FORMATS
 from symbiotic.data.readers import read_documents
 from symbiotic.errors import DataError, exits_on_user_error
-from symbiotic.files import remove_leftovers, replacing, reporting_full_disk
+from symbiotic.files import make_folder, remove_leftovers, replacing, reporting_full_disk
 from symbiotic.tokens.documents import TextSegment
 from symbiotic.tokens.tokenizer import TOKENIZERS_FILE, Tokenizer, train_model
 from symbiotic.tokens.vocabulary import DEFAULT_MULTIPLE, VocabularyLayout
@@ -73,7 +73,7 @@ def check_options(arguments: argparse.Namespace) -> None:
     """Refuse options that would do nothing.
 
     Raises:
-        DataError: naming one of them.
+        UserError: naming one of them.
     """
     if (arguments.size is None) != (arguments.input is None):
         raise DataError("--size goes with --input, the text to train on; give both, or --tokenizer-json alone")
@@ -95,7 +95,7 @@ def check_paths(arguments: argparse.Namespace) -> None:
     """Refuse outputs that are a folder, another output or an input; makes the folders they go to.
 
     Raises:
-        DataError: naming the path.
+        UserError: naming the path.
     """
     taken = {path.resolve() for path in arguments.input or ()}
     for path in filter(None, (arguments.output, arguments.vocabulary)):
@@ -105,10 +105,7 @@ def check_paths(arguments: argparse.Namespace) -> None:
             raise DataError(f"{path} is given twice and would be overwritten; give every file a path of its own")
         # A tokenizer.json may be taken where it stands.
         taken |= {other.resolve() for other in (path, arguments.tokenizer_json) if other is not None}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{path.parent} can't be made ({error.strerror}); give another path") from error
+        make_folder(path.parent, remedy="give another path")
 
 
 def _option(name: str) -> str:

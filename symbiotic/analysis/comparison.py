@@ -20,6 +20,7 @@ from symbiotic.analysis.results import Row
 from symbiotic.analysis.run_log import Curve
 from symbiotic.analysis.runs import Event, Run, final_rows, mean, read_runs
 from symbiotic.analysis.table import print_whole
+from symbiotic.files import make_folder
 
 Rows = dict[str, Row]
 
@@ -42,12 +43,12 @@ def compare_runs(folders: Sequence[Path | str], output: Path, *, command: str) -
         each run with its rows by metric.
 
     Raises:
-        UserError: a file of a run is missing or damaged, or a run is named twice.
+        UserError: a file of a run is missing or damaged, a run is named twice, or the output can't be written to.
     """
+    make_folder(output, remedy="give another --output")
     runs = read_runs(folders)
     rows = [{row.metric: row for row in final_rows(run)} for run in runs]
     compared = list(zip(runs, rows, strict=True))
-    output.mkdir(parents=True, exist_ok=True)
     write_report(
         output,
         title=f"{len(runs)} runs beside each other",

@@ -21,7 +21,7 @@ from symbiotic.data.readers import Chunk
 from symbiotic.data.shards import shard_path
 from symbiotic.data.worker_pool import ChunkJob, ChunkWork, Counts, Rejected, run_jobs
 from symbiotic.errors import DataError
-from symbiotic.files import replacing, reporting_full_disk, write_json
+from symbiotic.files import make_folder, replacing, reporting_full_disk, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -156,10 +156,7 @@ class ChunkedRun[Part: FinishedPart]:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep a second run away from the same output."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{self.folder} can't be made ({error.strerror}); give another --output") from error
+        make_folder(self.folder, remedy="give another --output")
         with open(self.folder / "lock", "wb") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -27,7 +27,7 @@ from symbiotic.huggingface.mapping import Row, check_shape, mapping_table
 from symbiotic.huggingface.model_card import model_card
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
 from symbiotic.huggingface.ordered_threads import DEFAULT_WORKERS, in_order
-from symbiotic.huggingface.output_folder import check_output, written_at_once
+from symbiotic.huggingface.output_folder import check_output, copy_file, written_at_once
 from symbiotic.huggingface.safetensors_writer import SafetensorsWriter, TensorPlan
 from symbiotic.huggingface.source import Source
 from symbiotic.huggingface.tokenizer import write_tokenizer
@@ -136,7 +136,7 @@ def export_checkpoint(
         if codec is not None and copy_codec:
             # Only data travels: code beside a network is not needed, and would not be run.
             ignored = shutil.ignore_patterns("*.py", "__pycache__", ".*")
-            shutil.copytree(codec, folder / CODEC_FOLDER, ignore=ignored)
+            shutil.copytree(codec, folder / CODEC_FOLDER, ignore=ignored, copy_function=copy_file)
         write_text(folder / "chat_template.jinja", template)
         write_training_files(folder, source, tokenizer=pieces)
         plans = write_weights(

@@ -34,7 +34,7 @@ from symbiotic.huggingface.mapping import Row, mapping_table
 from symbiotic.huggingface.megatron_folder import MegatronFolder, is_megatron_folder
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
 from symbiotic.huggingface.ordered_threads import DEFAULT_WORKERS, in_order
-from symbiotic.huggingface.output_folder import check_output, written_at_once
+from symbiotic.huggingface.output_folder import check_output, copy_file, written_at_once
 from symbiotic.huggingface.safetensors_reader import SafetensorsFolder
 from symbiotic.huggingface.stock import model_type_of, read_stock
 from symbiotic.huggingface.vocabulary_rows import VOCABULARY_KEYS, extend_vocabulary, source_rows
@@ -42,6 +42,7 @@ from symbiotic.model.expert_start import NormalStart, SharedExpert, upcycle_dens
 from symbiotic.model.partition import ExpertPartition, by_index
 from symbiotic.model.routing import RoutingTable
 from symbiotic.model.split import split_routers
+from symbiotic.strict_json import misfit, parse_json
 from symbiotic.tokens.vocabulary import DEFAULT_MULTIPLE, VocabularyLayout
 from symbiotic.training.checkpoint.manifest import MANIFEST_FILE
 from symbiotic.training.checkpoint.weights import WeightsWriter
@@ -429,9 +430,21 @@ def _with_shared_experts(
 
 
 def _origin(folder: Path) -> dict[str, Any]:
-    """What our own export says about the run behind it: name, step, data."""
+    """What our own export says about the run behind it, as `symbiotic.huggingface.source.Origin`; else nothing.
+
+    Raises:
+        CheckpointError: its file is damaged.
+    """
     path = folder / TRAINING_FOLDER / "origin.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        origin = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read ({error}); fetch the folder again") from error
+    if fault := misfit(origin, {"name": str, "step": int, "data": list}):
+        raise CheckpointError(f"{path}: {fault}; fetch the folder again")
+    return origin
 
 
 def _copy_companions(source: Path, folder: Path) -> None:
@@ -443,7 +456,7 @@ def _copy_companions(source: Path, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
             break
     if (source / CODEC_FOLDER).is_dir():
-        shutil.copytree(source / CODEC_FOLDER, folder / CODEC_FOLDER)
+        shutil.copytree(source / CODEC_FOLDER, folder / CODEC_FOLDER, copy_function=copy_file)
 
 
 def _made(folder: Path) -> Path:

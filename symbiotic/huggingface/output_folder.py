@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from symbiotic.errors import CheckpointError
-from symbiotic.files import fsync_folder, reporting_full_disk
+from symbiotic.errors import CheckpointError, DataError
+from symbiotic.files import fsync_folder, reporting_full_disk, write_error
 
 
 def check_output(output: Path, *, source: Path) -> None:
@@ -65,6 +65,21 @@ def written_at_once(output: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     fsync_folder(output.parent)
+
+
+def copy_file(source: str, target: str) -> None:
+    """Copy a file for `shutil.copytree`, which would go on after an error of ``shutil.copyfile`` and forget its number.
+
+    Raises:
+        RuntimeError: of an error that only writing can meet, which `written_at_once` turns into a sentence.
+        DataError: ``source`` can't be read.
+    """
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        if write_error(error):
+            raise RuntimeError(f"{target} can't be written") from error
+        raise DataError(f"{source} can't be read ({error.strerror}); make it readable") from error
 
 
 def _remove_leftovers(output: Path) -> None:

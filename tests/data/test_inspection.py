@@ -98,5 +98,12 @@ def test_the_command(made, tmp_path):
     ):
         result = inspect(folder / "shard", *options)
         assert result.returncode == 1 and missing in result.stderr
+    for options, message in (
+        ((*shown, "--html", tmp_path), f"{tmp_path} is a folder; give the file to write"),
+        ((*shown, "--html", tmp_path / "page.html" / "b"), f"{tmp_path / 'page.html'} can't be made (File exists)"),
+        ((*shown, "--html", tmp_path / "page.html", "--count", 0), "--count 0 must be at least 1"),
+    ):
+        result = inspect(folder / "shard", *options)
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1) and message in result.stderr
     result = inspect(folder / "shard", "--document", "first")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)

@@ -39,6 +39,11 @@ def test_the_jobs_of_an_array_merge_to_the_bytes_of_one_run(tmp_path):
         sys.executable, ROOT / "tools/merge_data.py", *words, "--output", tmp_path / "merged" / "corpus",
         "--vocabulary", files.vocabulary,
     ]  # fmt: skip
+    limited = [str(word) for word in ("sh", "-c", 'ulimit -f 4; exec "$0" "$@"', *command)]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    result = subprocess.run(limited, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1), result.stderr
+    assert "merged/corpus can't be written (File too large); make room and start again" in result.stderr
     result = subprocess.run([str(word) for word in command], capture_output=True, text=True, cwd=ROOT)
     assert (result.returncode, result.stderr) == (0, "")
     assert "200 documents" in result.stdout and "of 3 shards" in result.stdout

@@ -24,7 +24,7 @@ from symbiotic.data.plan import JobShare, Splits, plan_chunks
 from symbiotic.data.preprocess import PreprocessOptions, PreprocessResult, preprocess
 from symbiotic.data.readers import RawRecord, read_documents
 from symbiotic.data.shards import FILE_SUFFIXES, DocumentRecord, Shard, ShardWriter, shard_path, verify_shard
-from symbiotic.errors import DataError
+from symbiotic.errors import DataError, LaunchError
 from symbiotic.tokens.documents import TextSegment
 from symbiotic.tokens.tokenizer import Tokenizer
 from symbiotic.tokens.vocabulary import VocabularyLayout
@@ -366,7 +366,7 @@ def test_two_runs_on_one_output_are_refused(corpus, files, tmp_path):
 
 def test_an_output_that_cannot_be_made_is_named(corpus, files, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match=r"shard\.parts can't be made \(Not a directory\); give another --output"):
+    with pytest.raises(LaunchError, match=r"shard\.parts can't be made \(Not a directory\); give another --output"):
         run(corpus, tmp_path / "file" / "shard", files)
 
 

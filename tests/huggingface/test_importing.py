@@ -262,9 +262,16 @@ def test_layers_of_multi_token_prediction_are_left_out(tmp_path: Path) -> None:
     assert comparison is not None and comparison.holds
 
 
-def test_a_flipped_bit_of_our_own_export_is_named(corpus: Corpus, tmp_path: Path) -> None:
+def test_damage_of_our_own_export_is_named(corpus: Corpus, tmp_path: Path) -> None:
     run = save(tmp_path / "run", corpus, layout={})
     export = export_checkpoint(open_source(run), tmp_path / "export")
+    origin = export / "training" / "origin.json"
+    whole = origin.read_text()
+    for content, message in (("[]", "origin.json: it is .* and not an object"), ("{", "origin.json can't be read")):
+        origin.write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            import_folder(ImportRequest(source=export, output=tmp_path / "out"))
+    origin.write_text(whole)
     name = "model.layers.2.self_attn.o_proj.weight"
     tensors = load_file(export / "model.safetensors")
     tensors[name][3, 4] += 1e-6

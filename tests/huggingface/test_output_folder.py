@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from symbiotic.errors import CheckpointError, LaunchError
-from symbiotic.huggingface.output_folder import check_output, written_at_once
+from symbiotic.errors import CheckpointError, DataError, LaunchError
+from symbiotic.huggingface.output_folder import check_output, copy_file, written_at_once
 
 
 def test_what_can_not_be_the_output_is_refused(tmp_path: Path) -> None:
@@ -55,6 +57,26 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path: Path, wrapped:
     with pytest.raises(FileNotFoundError), written_at_once(output):  # no mistake of the output's
         (tmp_path / "nothing").read_bytes()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_copying_a_folder_onto_a_full_disk_is_one_sentence_too(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "codec").mkdir()
+    (tmp_path / "codec" / "centres").write_bytes(bytes(5000))
+    (tmp_path / "codec" / "codec.json").touch()
+    with written_at_once(tmp_path / "out") as folder:
+        shutil.copytree(tmp_path / "codec", folder / "codec", copy_function=copy_file)
+    assert (tmp_path / "out" / "codec" / "centres").read_bytes() == bytes(5000)
+    for number, kind, message in (
+        (errno.ENOSPC, LaunchError, r"new can't be written \(No space left on device\); make room"),
+        (errno.EACCES, DataError, r"codec/\S+ can't be read \(Permission denied\)"),
+    ):
+        failing = mock.Mock(side_effect=OSError(number, os.strerror(number)))
+        with monkeypatch.context() as patched, pytest.raises(kind, match=message):
+            patched.setattr(shutil, "copyfile", failing)
+            with written_at_once(tmp_path / "new") as folder:
+                shutil.copytree(tmp_path / "codec", folder / "codec", copy_function=copy_file)
+        assert failing.call_count == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["codec", "out"]
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path: Path) -> None:
