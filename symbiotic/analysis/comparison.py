@@ -45,10 +45,10 @@ def compare_runs(folders: Sequence[Path | str], output: Path, *, command: str) -
     Raises:
         UserError: a file of a run is missing or damaged, a run is named twice, or the output can't be written to.
     """
-    make_folder(output, remedy="give another --output")
     runs = read_runs(folders)
     rows = [{row.metric: row for row in final_rows(run)} for run in runs]
     compared = list(zip(runs, rows, strict=True))
+    make_folder(output, remedy="give another --output")
     write_report(
         output,
         title=f"{len(runs)} runs beside each other",
