@@ -41,6 +41,7 @@ MODELING_FOLDER = Path(__file__).parent / "modeling"
 MODELING_FILES = (
     "codecs_symbiotic.py",
     "configuration_symbiotic.py",
+    "experts_symbiotic.py",
     "generation_symbiotic.py",
     "modeling_symbiotic.py",
     "processing_symbiotic.py",

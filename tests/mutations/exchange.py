@@ -62,7 +62,7 @@ EXCHANGE = [
     ),
     Mutation(
         name="offloaded-routers-are-read-as-placeholders",
-        file="symbiotic/huggingface/modeling/modeling_symbiotic.py",
+        file="symbiotic/huggingface/modeling/experts_symbiotic.py",
         old="weight = torch.cat([gate() for gate in self.values()])",
         new="weight = torch.cat([gate.weight for gate in self.values()])",
         test="tests/huggingface/test_habits.py::test_device_maps_change_nothing[disk]",
