@@ -99,6 +99,36 @@ def test_logits_equal_the_hand_written_model(changes: dict) -> None:
     assert (logits[:, mask].double() - expected[:, mask]).abs().max() / deviation <= 1e-5
 
 
+def test_hidden_states_and_attentions_are_those_of_the_blocks() -> None:
+    """The second block's input follows from the first one's and its attention weights, asked for in any way."""
+    config = small_config(attn_implementation="eager")
+    model = build(config, random_weights(config))
+    ids, types = random_row(23, seed=1)
+    batch = {"input_ids": ids[None], "token_type_ids": types[None]}
+    with torch.inference_mode():
+        plain = model(**batch)
+        outputs = model(**batch, output_attentions=True, output_hidden_states=True)
+        hidden, weights = outputs.hidden_states[0], outputs.attentions[0]
+        layer = model.model.layers[0]
+        values = layer.self_attn.v_proj(layer.input_layernorm(hidden)).unflatten(-1, (-1, config.head_dim))
+        values = values.repeat_interleave(layer.self_attn.num_key_value_groups, dim=2)
+        hidden = hidden + layer.self_attn.o_proj(torch.einsum("bhst,bthd->bshd", weights, values).flatten(-2))
+        router_ids = model.model.router_of_type[types[None].long()]
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden), router_ids)
+        config.output_attentions = config.output_hidden_states = True
+        from_config = model(**batch)
+    assert torch.equal(plain.logits, outputs.logits) and plain.attentions is plain.hidden_states is None
+    assert len(outputs.attentions) == config.num_hidden_layers == len(outputs.hidden_states) - 1
+    assert torch.allclose(weights.sum(-1), torch.ones(1, config.num_attention_heads, 23))
+    assert (weights.triu(1) == 0).all()
+    assert torch.allclose(hidden, outputs.hidden_states[1], atol=1e-5)
+    for name in ("attentions", "hidden_states"):
+        assert all(torch.equal(*pair) for pair in zip(outputs[name], from_config[name], strict=True))
+    config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match="output_attentions: 'sdpa' keeps no weights"):
+        model(**batch)
+
+
 def test_types_decide_the_experts(plain: SymbioticForCausalLM) -> None:
     """The same ids with another type give other logits; experts of the other group don't matter at all."""
     ids, types = random_row(23, seed=2)

@@ -170,10 +170,11 @@ class SymbioticDecoderLayer(GradientCheckpointingLayer):
         dense = self.is_dense
         self.mlp = SymbioticMLP(config, config.intermediate_size) if dense else SymbioticMoE(config, layer_idx)
 
-    def forward(self, hidden: Tensor, router_ids: Tensor, **kwargs) -> Tensor:
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), **kwargs)[0]
+    def forward(self, hidden: Tensor, router_ids: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.self_attn(self.input_layernorm(hidden), **kwargs)
+        hidden = hidden + attended
         normed = self.post_attention_layernorm(hidden)
-        return hidden + (self.mlp(normed) if self.is_dense else self.mlp(normed, router_ids))
+        return hidden + (self.mlp(normed) if self.is_dense else self.mlp(normed, router_ids)), weights
 
 
 class SymbioticPreTrainedModel(PreTrainedModel):
@@ -258,6 +259,7 @@ class SymbioticModel(SymbioticPreTrainedModel):
         inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         use_cache: bool | None = None,
+        output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -267,8 +269,16 @@ class SymbioticModel(SymbioticPreTrainedModel):
             input_ids: [b, s]; or ``inputs_embeds`` [b, s, h].
             token_type_ids: [b, s] type of each *input* token; None means that all are text, which image codes
                 are not.
+            output_attentions: also return the attention weights of every block, [b, heads, s, all positions]; only
+                eager attention has them.
             output_hidden_states: also return the input of every block and the normed output.
         """
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions and (kind := self.config._attn_implementation) != "eager":
+            raise ValueError(f"output_attentions: {kind!r} keeps no weights; load with attn_implementation='eager'")
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -287,9 +297,9 @@ class SymbioticModel(SymbioticPreTrainedModel):
             position_ids=position_ids,
         )
         position_embeddings = self.rotary_emb(hidden, position_ids)
-        states = [hidden]
+        states, attentions = [hidden], []
         for layer in self.layers:
-            hidden = layer(
+            hidden, weights = layer(
                 hidden,
                 router_ids,
                 attention_mask=mask,
@@ -299,11 +309,14 @@ class SymbioticModel(SymbioticPreTrainedModel):
             )
             if output_hidden_states:
                 states.append(hidden)
+            if output_attentions:
+                attentions.append(weights)
         hidden = self.norm(hidden)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
             hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
 
 
@@ -338,7 +351,6 @@ class SymbioticForCausalLM(Refusals, SymbioticPreTrainedModel, GenerationMixin):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs,
@@ -357,7 +369,6 @@ class SymbioticForCausalLM(Refusals, SymbioticPreTrainedModel, GenerationMixin):
             inputs_embeds=inputs_embeds,
             token_type_ids=token_type_ids,
             use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
             **{name: value for name, value in kwargs.items() if name != "num_items_in_batch"},
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -370,6 +381,7 @@ class SymbioticForCausalLM(Refusals, SymbioticPreTrainedModel, GenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
         return result.to_tuple() if return_dict is False else result
 
