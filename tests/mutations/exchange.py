@@ -24,7 +24,7 @@ EXCHANGE = [
         file="symbiotic/huggingface/safetensors_reader.py",
         old="if expected is not None and hashlib.sha256(data).hexdigest() != expected:",
         new="if expected is not None and not data:",
-        test="tests/huggingface/test_importing.py::test_a_flipped_bit_of_our_own_export_is_named",
+        test="tests/huggingface/test_importing.py::test_damage_of_our_own_export_is_named",
         why="a changed byte went into training",
     ),
     Mutation(
