@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import queue
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.hybrid import hybrid_block
@@ -80,7 +82,9 @@ def _save(model: torch.nn.Module, folder: Path, tokens: np.ndarray) -> np.ndarra
     model.eval()
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     metadata = {"singleton_local_shards": False, "dp_cp_group": group}
-    dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), str(folder))
+    # A queue of its own would be a process, for a writer in the background; a worker that is killed leaves it behind.
+    with mock.patch.object(filesystem_async, "_results_queue", queue.Queue()):
+        dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), str(folder))
     ids = torch.from_numpy(tokens)
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     future = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)
