@@ -8,6 +8,7 @@ import io
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -53,6 +54,17 @@ def make_folder(folder: Path | str, *, remedy: str = "name another one") -> None
         raise LaunchError(f"{folder} can't be written to; {remedy}")
 
 
+def make_folder_for(path: Path) -> None:
+    """Make the folder of a file to write, see `make_folder`.
+
+    Raises:
+        LaunchError: the file is a folder, or its own can't be made or written to.
+    """
+    if path.is_dir():
+        raise LaunchError(f"{path} is a folder; give the file to write")
+    make_folder(path.parent, remedy="give another path")
+
+
 @contextlib.contextmanager
 def replacing(
     path: Path | str, mode: Literal["wb", "w"] = "wb", *, keep_name: bool = True, many_nodes: bool = False
@@ -81,15 +93,19 @@ def replacing(
 
 
 def remove_leftovers(path: Path | str) -> None:
-    """Remove temporary files of `replacing` beside ``path`` whose process was killed.
+    """Remove what stands beside ``path`` under a temporary name, as `replacing` gives, of a process that was killed.
 
-    For files that one process at a time writes: a process of another machine can't be told from one that is gone.
+    For files and folders that one process at a time writes: a process of another machine can't be told from one that
+    is gone.
     """
     path = Path(path)
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         process = left.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
         if process.isdecimal() and not Path("/proc", process).exists():
-            left.unlink(missing_ok=True)
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def disk_error(error: BaseException) -> OSError | None:

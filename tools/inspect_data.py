@@ -22,7 +22,7 @@ from symbiotic.data.codecs import load_codec, png_bytes
 from symbiotic.data.inspection import DocumentViewer, Histogram, ShownSegment, length_histograms
 from symbiotic.data.shards import Shard
 from symbiotic.errors import DataError, exits_on_user_error
-from symbiotic.files import make_folder, replacing, write_text
+from symbiotic.files import make_folder, make_folder_for, replacing, write_text
 from symbiotic.tokens.tokenizer import Tokenizer
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
@@ -157,9 +157,7 @@ def check_options(arguments: argparse.Namespace) -> None:
     if arguments.images:
         make_folder(arguments.images)
     if arguments.html:
-        if arguments.html.is_dir():
-            raise DataError(f"{arguments.html} is a folder; give the file to write")
-        make_folder(arguments.html.parent)
+        make_folder_for(arguments.html)
 
 
 @exits_on_user_error

@@ -24,6 +24,9 @@ from symbiotic.tokens.vocabulary import VocabularyLayout
 ENDINGS = (".manifest.json", *FILE_SUFFIXES.values(), RUN_SUFFIX, ".rejected.jsonl", ".parts")
 """What stands behind a prefix on disk: a shell's ``corpus-*`` names all of these."""
 
+ANY_JOB = "-00000-of-00000"
+"""As long as the job's part of every name."""
+
 JOB = re.compile(r"(?P<corpus>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
 """The name of one job's shard."""
 
@@ -53,13 +56,22 @@ def shard_prefixes(words: list[str]) -> list[Path]:
     return prefixes
 
 
-def has_no_document(prefix: Path) -> bool:
+def records_by_job(folder: Path) -> dict[str, list[Path]]:
+    """The records of finished jobs in a folder, by the job's part of their name, ``-00001-of-00004``."""
+    found = defaultdict(list)
+    for path in folder.glob(f"*{RUN_SUFFIX}"):
+        prefix = path.name.removesuffix(RUN_SUFFIX)
+        found[prefix[-len(ANY_JOB) :]].append(path)
+    return found
+
+
+def has_no_document(prefix: Path, records: dict[str, list[Path]]) -> bool:
     """Whether the job of an array is done and its share held no document for this shard: its record says so.
 
     A record is named after the corpus without the split: ``web-00001-of-00004`` for ``web_train-00001-of-00004``.
     """
-    corpus, job = prefix.name[: -len("-00000-of-00000")], prefix.name[-len("-00000-of-00000") :]
-    for path in prefix.parent.glob(f"*{job}{RUN_SUFFIX}"):
+    corpus, job = prefix.name[: -len(ANY_JOB)], prefix.name[-len(ANY_JOB) :]
+    for path in records.get(job, []):
         record = read_json(path)
         if record is None or prefix.name in record["shards"]:
             continue
@@ -78,10 +90,10 @@ def check_jobs(prefixes: list[Path]) -> None:
         if match := JOB.fullmatch(str(prefix)):
             found[match["corpus"], int(match["count"])].add(int(match["index"]))
     for (corpus, count), indices in found.items():
+        absent = sorted(set(range(count)) - indices)
+        records = records_by_job(Path(corpus).parent) if absent else {}
         missing = [
-            index
-            for index in range(count)
-            if index not in indices and not has_no_document(Path(f"{corpus}-{index:05d}-of-{count:05d}"))
+            index for index in absent if not has_no_document(Path(f"{corpus}-{index:05d}-of-{count:05d}"), records)
         ]
         if missing:
             raise DataError(

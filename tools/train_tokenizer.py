@@ -19,7 +19,7 @@ from symbiotic.data.codecs import load_codec
 from symbiotic.data.formats import FORMATS
 from symbiotic.data.readers import read_documents
 from symbiotic.errors import DataError, exits_on_user_error
-from symbiotic.files import make_folder, remove_leftovers, replacing, reporting_full_disk
+from symbiotic.files import make_folder_for, remove_leftovers, replacing, reporting_full_disk
 from symbiotic.tokens.documents import TextSegment
 from symbiotic.tokens.tokenizer import TOKENIZERS_FILE, Tokenizer, train_model
 from symbiotic.tokens.vocabulary import DEFAULT_MULTIPLE, VocabularyLayout
@@ -99,13 +99,11 @@ def check_paths(arguments: argparse.Namespace) -> None:
     """
     taken = {path.resolve() for path in arguments.input or ()}
     for path in filter(None, (arguments.output, arguments.vocabulary)):
-        if path.is_dir():
-            raise DataError(f"{path} is a folder; give the file to write")
         if path.resolve() in taken:
             raise DataError(f"{path} is given twice and would be overwritten; give every file a path of its own")
         # A tokenizer.json may be taken where it stands.
         taken |= {other.resolve() for other in (path, arguments.tokenizer_json) if other is not None}
-        make_folder(path.parent, remedy="give another path")
+        make_folder_for(path)
 
 
 def _option(name: str) -> str:

@@ -285,10 +285,12 @@ def _check_output(folder: Path) -> None:
     """Refuse a folder that holds something else than an earlier run's files, as it would be replaced with them."""
     if not folder.exists():
         return
-    manifest = read_json(folder / MANIFEST_FILE) or {} if folder.is_dir() else {}
-    own = {MANIFEST_FILE, IMAGES_FILE} if "fingerprint" in manifest else set()
-    own |= {entry["name"] for entry in manifest.get("files", []) if isinstance(entry, dict) and "name" in entry}
-    foreign = [path.name for path in folder.iterdir() if path.name not in own] if folder.is_dir() else [folder.name]
+    foreign = {folder.name}
+    if folder.is_dir():
+        manifest = read_json(folder / MANIFEST_FILE) or {}
+        own = {MANIFEST_FILE, IMAGES_FILE} if "fingerprint" in manifest else set()
+        own |= {entry["name"] for entry in manifest.get("files", []) if isinstance(entry, dict) and "name" in entry}
+        foreign = {path.name for path in folder.iterdir()} - own
     if foreign:
         raise DataError(
             f"{folder}: there is something else than tokenized records ({min(foreign)}); give another --output"

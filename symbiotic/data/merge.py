@@ -9,41 +9,48 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from symbiotic.data.assembly import assemble_shard
-from symbiotic.data.shards import FILE_SUFFIXES, Shard, shard_dtype, shard_path
+from symbiotic.data.lazy_shards import LazyShard, OpenShards
+from symbiotic.data.manifest import check_files
+from symbiotic.data.shards import FILE_SUFFIXES, shard_dtype, shard_path
 from symbiotic.errors import DataError
 from symbiotic.files import remove_leftovers
 from symbiotic.tokens.vocabulary import VocabularyLayout
 
 
 class ShardBlock:
-    """All documents of a shard: a `StoredBlock`. No file of it stays open, as a merge may have thousands."""
+    """All documents of a shard: a `StoredBlock`. No file of it stays open, as a merge may have thousands.
 
-    def __init__(self, shard: Shard) -> None:
-        self._prefix = shard.prefix
+    Raises:
+        DataError: the index or the document table is damaged; later also, that the shard was changed meanwhile.
+    """
+
+    def __init__(self, shard: LazyShard) -> None:
+        self._shard = shard
         self.num_tokens = shard.num_tokens
-        self.num_segments = shard.num_segments
+        self.num_segments = shard.map_files().num_segments
         self.num_documents = shard.num_documents
+        check_files(shard.prefix, shard.manifest, hashed=("documents",))
         self.tokens_sha256: str | None = shard.manifest["files"]["tokens"]["sha256"]
 
     def tokens_at(self) -> tuple[Path, int]:
         """File of the tokens and the byte they start at."""
-        return shard_path(self._prefix, ".bin"), 0
+        return shard_path(self._shard.prefix, ".bin"), 0
 
     def lengths(self) -> np.ndarray:
         """int32 [segments]."""
-        return Shard.open(self._prefix).lengths
+        return self._shard.map_files().lengths
 
     def modes(self) -> np.ndarray:
         """int8 [segments]."""
-        return Shard.open(self._prefix).index.modes
+        return self._shard.map_files().index.modes
 
     def segment_counts(self) -> np.ndarray:
         """int64 [documents]."""
-        return np.diff(Shard.open(self._prefix).first_segments)
+        return np.diff(self._shard.map_files().first_segments)
 
     def tables(self) -> Iterator[pa.Table]:
         """The rows of the documents, a row group at a time."""
-        with pq.ParquetFile(shard_path(self._prefix, ".docs.parquet")) as file:
+        with pq.ParquetFile(shard_path(self._shard.prefix, ".docs.parquet")) as file:
             for group in range(file.num_row_groups):
                 yield file.read_row_group(group)
 
@@ -70,7 +77,8 @@ def merge_shards(prefixes: Sequence[Path | str], *, output: Path | str, vocabula
             raise DataError(f"{prefixes[number]}: the shard is given twice; name it once")
         if place == Path(output).resolve():
             raise DataError(f"{output}: the output is one of the shards; give another --output")
-    blocks = [ShardBlock(Shard.open(prefix, vocabulary=vocabulary, hashed=("documents",))) for prefix in prefixes]
+    pool = OpenShards(limit=1)
+    blocks = [ShardBlock(LazyShard(prefix, pool=pool, vocabulary=vocabulary)) for prefix in prefixes]
     for suffix in (*FILE_SUFFIXES.values(), ".manifest.json"):
         remove_leftovers(shard_path(output, suffix))  # of a merge that was killed: as large as the shard
     return assemble_shard(output, blocks, vocabulary=vocabulary, dtype=shard_dtype(vocabulary))

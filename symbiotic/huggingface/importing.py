@@ -35,14 +35,13 @@ from symbiotic.huggingface.megatron_folder import MegatronFolder, is_megatron_fo
 from symbiotic.huggingface.modeling.configuration_symbiotic import SymbioticConfig
 from symbiotic.huggingface.ordered_threads import DEFAULT_WORKERS, in_order
 from symbiotic.huggingface.output_folder import check_output, copy_file, written_at_once
-from symbiotic.huggingface.safetensors_reader import SafetensorsFolder
+from symbiotic.huggingface.safetensors_reader import SafetensorsFolder, read_json
 from symbiotic.huggingface.stock import model_type_of, read_stock
 from symbiotic.huggingface.vocabulary_rows import VOCABULARY_KEYS, extend_vocabulary, source_rows
 from symbiotic.model.expert_start import NormalStart, SharedExpert, upcycle_dense
 from symbiotic.model.partition import ExpertPartition, by_index
 from symbiotic.model.routing import RoutingTable
 from symbiotic.model.split import split_routers
-from symbiotic.strict_json import misfit, parse_json
 from symbiotic.tokens.vocabulary import DEFAULT_MULTIPLE, VocabularyLayout
 from symbiotic.training.checkpoint.manifest import MANIFEST_FILE
 from symbiotic.training.checkpoint.weights import WeightsWriter
@@ -436,15 +435,7 @@ def _origin(folder: Path) -> dict[str, Any]:
         CheckpointError: its file is damaged.
     """
     path = folder / TRAINING_FOLDER / "origin.json"
-    if not path.is_file():
-        return {}
-    try:
-        origin = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} can't be read ({error}); fetch the folder again") from error
-    if fault := misfit(origin, {"name": str, "step": int, "data": list}):
-        raise CheckpointError(f"{path}: {fault}; fetch the folder again")
-    return origin
+    return read_json(path, {"name": str, "step": int, "data": list}) if path.is_file() else {}
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import glob
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from symbiotic.errors import CheckpointError, DataError
-from symbiotic.files import fsync_folder, reporting_full_disk, write_error
+from symbiotic.files import fsync_folder, remove_leftovers, reporting_full_disk, write_error
 
 
 def check_output(output: Path, *, source: Path) -> None:
@@ -45,8 +44,9 @@ def written_at_once(output: Path) -> Iterator[Path]:
         LaunchError: the disk is full or can't be written; nothing is left of the folder.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(output)
+    remove_leftovers(output)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that had this id before
     temporary.mkdir()
     try:
         with reporting_full_disk(output, remedy="make room and start again"):
@@ -80,11 +80,3 @@ def copy_file(source: str, target: str) -> None:
         if write_error(error):
             raise RuntimeError(f"{target} can't be written") from error
         raise DataError(f"{source} can't be read ({error.strerror}); make it readable") from error
-
-
-def _remove_leftovers(output: Path) -> None:
-    """Remove what processes of this machine that were killed have left beside ``output``, and of this id before."""
-    for left in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
-        process = left.name.removeprefix(f".{output.name}.").removesuffix(".tmp")
-        if process == str(os.getpid()) or (process.isdecimal() and not Path("/proc", process).exists()):
-            shutil.rmtree(left)

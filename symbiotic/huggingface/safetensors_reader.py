@@ -13,6 +13,7 @@ import mmap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
                 f"{path} and {single} are both there, and readers differ in which they take; remove the older one"
             )
         if path.is_file():
-            return _read_tree(path, key="weight_map")
+            return read_json(path, {"weight_map": {str: str}}, other_keys=True)["weight_map"]
         if not single.is_file():
             raise CheckpointError(
                 f"{self.folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder with safetensors weights"
@@ -81,7 +82,7 @@ class SafetensorsFolder(Mapping[str, Tensor]):
         return None
 
     def _read_checksums(self, path: Path) -> dict[str, str]:
-        checksums = _read_tree(path, key="tensors")
+        checksums = read_json(path, {"tensors": {str: str}}, other_keys=True)["tensors"]
         if different := sorted(set(checksums) ^ set(self._places)):
             raise CheckpointError(
                 f"{path} doesn't have the folder's tensors: {different[0]!r} is in one of them only; fetch the folder "
@@ -133,16 +134,27 @@ def _mapped(place: _Place) -> memoryview:
     return memoryview(data)[before:]
 
 
-def _read_tree(path: Path, *, key: str) -> dict[str, str]:
-    """The object from names to texts under a key of a JSON file."""
+def read_json(path: Path, shape: dict[str, Any], *, other_keys: bool = False) -> dict[str, Any]:
+    """The object in a JSON file of a published folder.
+
+    Args:
+        path: the file.
+        shape: kinds of its values, as of `symbiotic.strict_json.misfit`.
+        other_keys: whether it may have keys besides, which are not looked at.
+
+    Raises:
+        CheckpointError: it can't be read, or has another shape.
+    """
     try:
         tree = parse_json(path.read_bytes())
-        fault = misfit({key: tree[key]} if isinstance(tree, dict) and key in tree else tree, {key: {str: str}})
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} can't be read ({error}); fetch the folder again") from error
-    if fault:
+    looked_at = tree
+    if other_keys and isinstance(tree, dict):
+        looked_at = {key: tree[key] for key in shape if key in tree}
+    if fault := misfit(looked_at, shape):
         raise CheckpointError(f"{path}: {fault}; fetch the folder again")
-    return tree[key]
+    return tree
 
 
 def _read_header(path: Path) -> dict[str, _Place]:

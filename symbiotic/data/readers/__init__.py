@@ -11,7 +11,7 @@ from pathlib import Path
 
 from symbiotic.data.formats import FORMATS, CorpusFormat, corpus_format
 from symbiotic.data.readers import json_array, jsonl, parquet, tar
-from symbiotic.data.readers.records import Chunk, RawRecord, Unreadable, record_name
+from symbiotic.data.readers.records import Chunk, RawRecord, Unreadable, record_name, whole_file
 from symbiotic.errors import DataError
 from symbiotic.tokens.documents import Document, RecordError, parse_record
 
@@ -36,8 +36,8 @@ class Container:
 
 
 _PLAIN = Container("jsonl", jsonl.split, jsonl.read, by_bytes=True)
-_COMPRESSED = Container("jsonl", jsonl.split_compressed, jsonl.read_compressed)
-_ARRAY = Container("json", json_array.split, json_array.read)
+_COMPRESSED = Container("jsonl", whole_file, jsonl.read_compressed)
+_ARRAY = Container("json", whole_file, json_array.read)
 _PARQUET = Container("parquet", parquet.split, parquet.read)
 _TAR = Container("tar", tar.split, tar.read)
 

@@ -3,23 +3,13 @@
 import codecs
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import IO, Any
 
-from symbiotic.data.readers.records import DECODER, MAX_RECORD_BYTES, Chunk, RawRecord, Unreadable, whole_file
+from symbiotic.data.readers.records import DECODER, MAX_RECORD_BYTES, Chunk, RawRecord, Unreadable
 from symbiotic.errors import DataError
 
 _BLOCK_BYTES = 1 << 20
 _SPACE = " \t\r\n"
-
-
-def split(path: Path, chunk_bytes: int) -> list[Chunk]:
-    """The whole file as one chunk.
-
-    Raises:
-        DataError: the file has no byte, which no array can be.
-    """
-    return whole_file(path)
 
 
 def read(chunk: Chunk, columns: Sequence[str] | None) -> Iterator[RawRecord | Unreadable]:

@@ -13,14 +13,7 @@ from typing import IO
 import numpy as np
 import pyarrow as pa
 
-from symbiotic.data.readers.records import (
-    MAX_RECORD_BYTES,
-    Chunk,
-    RawRecord,
-    Unreadable,
-    parse_json,
-    whole_file,
-)
+from symbiotic.data.readers.records import MAX_RECORD_BYTES, Chunk, RawRecord, Unreadable, parse_json
 from symbiotic.errors import DataError
 
 _COUNT_BYTES = 1 << 20
@@ -33,15 +26,6 @@ def split(path: Path, chunk_bytes: int) -> list[Chunk]:
     starts = range(0, size, chunk_bytes)
     ends = [min(start + chunk_bytes, size) for start in starts]
     return [Chunk(file=str(path), start=a, end=b, num_bytes=b - a) for a, b in zip(starts, ends, strict=True)]
-
-
-def split_compressed(path: Path, chunk_bytes: int) -> list[Chunk]:
-    """The whole file as one chunk: a compressed stream can't be entered in the middle.
-
-    Raises:
-        DataError: the file has no byte, which no stream can be.
-    """
-    return whole_file(path)
 
 
 def count_lines(chunk: Chunk) -> int:

@@ -32,8 +32,8 @@ class Chunk:
     num_bytes: int
 
 
-def whole_file(path: Path) -> list[Chunk]:
-    """One chunk for a file that can't be entered in the middle.
+def whole_file(path: Path, chunk_bytes: int) -> list[Chunk]:
+    """One chunk, of whatever size, for a file that can't be entered in the middle: an array, a compressed stream.
 
     Raises:
         DataError: it is empty, as a copy that failed leaves it.
